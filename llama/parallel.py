@@ -1,0 +1,216 @@
+"""Tensor parallelism: one model on several ranks, and one process that needs none of it.
+
+Every rank holds a *shard* of each matrix, cut so that attention heads and feed-forward columns stay whole: what is
+cut by columns needs no communication until what is cut by rows sums it up, one all-reduce after attention and one
+after the feed-forward layer (Megatron-LM, arXiv 1909.08053, section 3). The layers and their communication are
+fairscale's; this is the only file that knows it. Under torchrun the ranks find each other through its store; alone,
+a process is its own group of one, through a store in its own memory: no port, no launcher, no environment variable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
+from fairscale.nn.model_parallel import layers
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # of freshly made weights, normal; as GPT-2's
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share one model."""
+
+    rank: int
+    """0 to world_size - 1. Rank 0 samples, reads and prints; the others follow."""
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+    """A gloo group for Python objects that waits for days: in a chat, rank 0 waits for a person."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank; the others pass one of the same shape and dtype, which is overwritten."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
+        return tensor
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's picklable object on every rank. The others may wait for it as long as it takes."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, groups.get_model_parallel_src_rank(), group=self.control)
+        return box[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises in this block, all raise at its end, so that none waits for one that has gone.
+
+        Where rank 0 itself succeeded, it raises the first other rank's error: it is the one that prints.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if self.control is not None:
+            errors: list[Exception | None] = [None] * self.world_size
+            dist.all_gather_object(errors, _picklable(error), group=self.control)
+            error = error or next((e for e in errors if e is not None), None)
+        if error is not None:
+            raise error
+
+
+def _picklable(error: Exception | None) -> Exception | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one: this rank's under torchrun, Apple's for a single process; else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32; never float16 on a CPU, where it is slow beyond use."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def start(
+    model_parallel_size: int | None = None,
+    *,
+    device: torch.device | str | None = None,
+    timeout: float = 60.0,
+    init_method: str | None = None,
+) -> Ranks:
+    """Joins the processes that torchrun started into groups of `model_parallel_size` (default: all of them).
+
+    Calling it again returns the groups there are. `timeout`, in seconds, is how long a rank waits for the others in
+    a collective before it gives up. `init_method` is torch.distributed's ("file:///..."; default: torchrun's).
+    Raises ValueError where the number of processes is no multiple of `model_parallel_size`, or it is not the one
+    the groups were started with.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    size = model_parallel_size or world_size
+    if size < 1 or world_size % size:
+        raise ValueError(
+            f"model_parallel_size {size} with {world_size} process{'es' if world_size > 1 else ''}: start a multiple "
+            f"of {size} processes (torchrun --nproc_per_node {size} ...), or pass model_parallel_size=None"
+        )
+    device = default_device() if device is None else torch.device(device)
+    wait = timedelta(seconds=timeout)
+    if not dist.is_initialized():
+        if world_size == 1:
+            in_memory = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=in_memory, rank=0, world_size=1, timeout=wait)
+        else:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            rank = int(os.environ["RANK"])
+            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=wait)
+    if not groups.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its sizes by print()
+            groups.initialize_model_parallel(size)
+    if groups.get_model_parallel_world_size() != size:
+        raise ValueError(
+            f"model_parallel_size {size}, but this process already belongs to a group of "
+            f"{groups.get_model_parallel_world_size()}; use that, or start afresh"
+        )
+    if world_size > 1:
+        dist.distributed_c10d._set_pg_timeout(wait, groups.get_model_parallel_group())
+    return Ranks(groups.get_model_parallel_rank(), size, device, _control_group(size))
+
+
+def _control_group(size: int) -> dist.ProcessGroup | None:
+    if size == 1:
+        return None
+    mine = None
+    for first in range(0, dist.get_world_size(), size):  # every process takes part in making every group
+        members = list(range(first, first + size))
+        group = dist.new_group(members, backend="gloo", timeout=timedelta(days=7))
+        if dist.get_rank() in members:
+            mine = group
+    return mine
+
+
+def stop() -> None:
+    """Leaves the groups, so that the process ends without a complaint or may start others."""
+    groups.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shards() -> int:
+    """Into how many ranks the layers made now are cut. Starts a group of one where there is none."""
+    if not groups.model_parallel_is_initialized():
+        start()
+    return int(groups.get_model_parallel_world_size())
+
+
+def _weight(rows: int, columns: int, cut: int) -> nn.Parameter:
+    """This rank's part of a (rows, columns) matrix cut on dimension `cut`; every rank draws the whole one, so with
+    one seed the model is the same however many ranks share it. On the meta device nothing is drawn."""
+    n = shards()
+    if (rows, columns)[cut] % n:
+        raise ValueError(f"a {rows} x {columns} matrix can't be cut into {n} on dimension {cut}: use fewer ranks")
+    weight = torch.empty(rows, columns)
+    if not weight.is_meta:
+        weight.normal_(std=INIT_STD)
+    return nn.Parameter(weight.chunk(n, cut)[groups.get_model_parallel_rank()].clone() if n > 1 else weight)
+
+
+# fairscale's layers with fairscale's forward. Their constructors are replaced: those fill a whole float32 matrix in
+# memory for each shard and can't be made on the meta device.
+
+
+class ParallelEmbedding(layers.ParallelEmbedding):  # type: ignore[misc]
+    """(B, T) ids to (B, T, dim); each rank looks up its part of the dim, then all gather."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.weight = _weight(num_embeddings, embedding_dim, cut=1)
+
+
+class ColumnParallelLinear(layers.ColumnParallelLinear):  # type: ignore[misc]
+    """(..., in) to (..., out / ranks), or to (..., out) on every rank with `gather_output`. No bias."""
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.weight = _weight(out_features, in_features, cut=0)
+        self.bias = None
+
+
+class RowParallelLinear(layers.RowParallelLinear):  # type: ignore[misc]
+    """(..., in / ranks) to (..., out), summed over the ranks. No bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.weight = _weight(out_features, in_features, cut=1)
+        self.bias = None

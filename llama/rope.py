@@ -1,0 +1,167 @@
+"""Rotary position embedding: where a token stands, told by turning its query and key.
+
+Each head's D numbers are taken as D/2 pairs; pair i of the token at position p is turned by the angle p·w_i. The
+score of a query and a key then depends on their distance alone (RoFormer, arXiv 2104.09864, section 3.2). The
+frequencies w_i are the *spectrum*: theta^(-2i/D) for the plain scheme, which Code Llama stretches by raising theta
+from 10,000 to 1,000,000 (arXiv 2308.12950, section 2.4). Every scaling scheme is one function here that gives
+`(inv_freq, attention_scale)`; nothing else in the model knows that there is more than one.
+
+Angles are computed in float64 and kept as float32 cosines and sines; the rotation is done in float32 whatever the
+dtype of the weights, since rounding either to bfloat16 destroys long contexts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.config import RopeScaling
+
+
+class Spectrum(NamedTuple):
+    """What a scheme chooses."""
+
+    inv_freq: Tensor
+    """(D/2,) float64: radians per position of each pair."""
+    attention_scale: float = 1.0
+    """Factor on cos and sin, so its square is one on every attention score (YaRN's temperature)."""
+
+
+def default(head_dim: int, theta: float, length: int) -> Spectrum:
+    """w_i = theta^(-2i/D) (arXiv 2104.09864, eq. 15)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return Spectrum(theta**-exponent)
+
+
+def linear(head_dim: int, theta: float, length: int, *, factor: float) -> Spectrum:
+    """Position interpolation, w_i / s (arXiv 2306.15595)."""
+    return Spectrum(default(head_dim, theta, length).inv_freq / factor)
+
+
+def ntk(head_dim: int, theta: float, length: int, *, factor: float) -> Spectrum:
+    """NTK-aware scaling with a fixed base, theta' = theta·s^(D/(D-2)): the slowest pair turns s times slower, the
+    fastest as before (arXiv 2309.00071, section 3.1)."""
+    return default(head_dim, theta * factor ** (head_dim / (head_dim - 2)), length)
+
+
+def dynamic(
+    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int
+) -> Spectrum:
+    """NTK-aware scaling whose base grows with the length l: theta·(s·l/L - (s-1))^(D/(D-2)) where l > L
+    (arXiv 2309.00071, section 3.3).
+
+    l is the length the tables are made for: the tokens given, or with a cache all its slots. So the base never
+    changes under keys that are already rotated.
+    """
+    stretch = factor * max(length / original_max_position_embeddings, 1.0) - (factor - 1)
+    return ntk(head_dim, theta, length, factor=stretch)
+
+
+def yarn(
+    head_dim: int,
+    theta: float,
+    length: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    attention_factor: float | None = None,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
+) -> Spectrum:
+    """YaRN as released: pairs that turn more than `beta_fast` times within the trained context keep their frequency,
+    those that turn less than `beta_slow` times are interpolated, with a ramp linear in the pair's index between
+    (arXiv 2309.00071, section 3.2; the paper's own equation has the ramp linear in the number of turns).
+    """
+
+    def pair_that_turns(times: float) -> float:
+        turns_of_first = original_max_position_embeddings / (2 * math.pi)
+        return head_dim * math.log(turns_of_first / times) / (2 * math.log(theta))
+
+    def temperature(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    index = torch.arange(head_dim // 2, dtype=torch.float64)
+    interpolated = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+    plain = default(head_dim, theta, length).inv_freq
+    if attention_factor is None:
+        attention_factor = temperature(1.0)
+        if mscale and mscale_all_dim:
+            attention_factor = temperature(mscale) / temperature(mscale_all_dim)
+    return Spectrum(plain * (1 - interpolated) + plain / factor * interpolated, attention_factor)
+
+
+def llama3(
+    head_dim: int,
+    theta: float,
+    length: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Spectrum:
+    """Llama 3.1's: by the number of turns r = L/wavelength, w below `low_freq_factor` divided by s, above
+    `high_freq_factor` kept, the mix linear in r between (arXiv 2407.21783, section 3.4.2, and its model code)."""
+    if not low_freq_factor < high_freq_factor:
+        raise ValueError(f"low_freq_factor {low_freq_factor} must be below high_freq_factor {high_freq_factor}")
+    plain = default(head_dim, theta, length).inv_freq
+    turns = original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return Spectrum(plain * kept + plain / factor * (1 - kept))
+
+
+SPECTRA: dict[str, Callable[..., Spectrum]] = {
+    "default": default,
+    "linear": linear,
+    "ntk": ntk,
+    "dynamic": dynamic,
+    "yarn": yarn,
+    "llama3": llama3,
+}
+
+
+def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: int) -> Spectrum:
+    """The spectrum that a `rope_scaling` names, for tables of `length` positions; ValueError where it can't be."""
+    parameters = dict(scaling or {})
+    name = parameters.pop("rope_type", parameters.pop("type", "default"))
+    if name not in SPECTRA:
+        raise ValueError(f"rope_scaling asks for rope_type {name!r}; there are {', '.join(SPECTRA)}")
+    scheme = SPECTRA[name]
+    accepted = inspect.signature(scheme).parameters
+    options = {key: p for key, p in accepted.items() if p.kind is p.KEYWORD_ONLY}
+    missing = [key for key, p in options.items() if p.default is p.empty and key not in parameters]
+    unknown = [key for key in parameters if key not in options]
+    if missing or unknown:
+        raise ValueError(
+            f"rope_scaling {scaling} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}; "
+            f"{name!r} takes {list(options) or 'no parameters'}"
+        )
+    if parameters.get("factor", 1.0) < 1.0:
+        raise ValueError(f"rope_scaling has factor {parameters['factor']}; it stretches the context, so at least 1")
+    return scheme(head_dim, theta, length, **parameters)
+
+
+def rotation_tables(spectrum: Spectrum, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle, each (length, D/2) float32 on `device`."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), spectrum.inv_freq)
+    cos, sin = angles.cos() * spectrum.attention_scale, angles.sin() * spectrum.attention_scale
+    return cos.float().to(device), sin.float().to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns adjacent pairs of x (B, T, H, D) by the angles whose cos and sin are (B or 1, T, 1, D/2)."""
+    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # each (B, T, H, D/2)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)

@@ -1,0 +1,39 @@
+"""Package metadata; the tools' settings stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Training a checkpoint: the tokenizer's model file is edited through its protocol buffer.
+    "train": ["protobuf>=4"],
+    # Tests: independent implementations to compare with, and what .ci/run checks with.
+    "test": ["protobuf>=4", "pytest>=8", "hypothesis>=6", "transformers>=4.48,<6", "ruff>=0.9", "mypy>=1.13"],
+}
+
+setup(
+    name="codellama",
+    version="0.1.0",
+    description="A Code Llama from scratch in PyTorch: to run, to study, and to experiment with",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md"]},
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "sentencepiece>=0.2",
+        "fairscale>=0.4.13",
+        "fire>=0.6",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["codellama=llama.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
