@@ -68,9 +68,11 @@ class KVCache:
         bucket: int = 128,
     ) -> None:
         shape = (rows, n_kv_heads, slots, head_dim)
-        # Zeros, not empty: a masked slot has weight 0, and 0 x NaN would be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        # Zeros, not empty: a masked slot has weight 0, and 0 x NaN would be NaN. And usable outside inference mode,
+        # even if the first to need it was inside.
+        with torch.inference_mode(False):
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.rows, self.slots, self.bucket = rows, slots, bucket
 
     @property

@@ -36,6 +36,7 @@ class Transformer(nn.Module):
         super().__init__()
         if args.vocab_size < 1:
             raise ValueError(f"vocab_size is {args.vocab_size}; give the number of rows of the embedding")
+        spectrum(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)  # fails now rather than later
         self.args = args
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(layer_id, args) for layer_id in range(args.n_layers))

@@ -155,9 +155,10 @@ def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: i
 
 def rotation_tables(spectrum: Spectrum, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of every angle, each (length, D/2) float32 on `device`."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), spectrum.inv_freq)
-    cos, sin = angles.cos() * spectrum.attention_scale, angles.sin() * spectrum.attention_scale
-    return cos.float().to(device), sin.float().to(device)
+    with torch.inference_mode(False):  # the tables are kept, and training may need them next
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), spectrum.inv_freq.clone())
+        cos, sin = angles.cos() * spectrum.attention_scale, angles.sin() * spectrum.attention_scale
+        return cos.float().to(device), sin.float().to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -134,3 +134,48 @@ def _ends_within_character(data: bytes) -> bool:
                 return error.reason == "unexpected end of data"
             return False
     return False
+
+
+class StopStrings:
+    """Text as it comes, held back while its end could begin one of some strings, and cut before the first that is
+    complete. However the text is divided, the same comes out."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if "" in strings:
+            raise ValueError("a stop string is empty; give at least one character, or leave it out")
+        self._strings = strings
+        self._held = ""
+        self.certain = 0
+        """How many characters have come out."""
+        self.found = False
+
+    @property
+    def length(self) -> int:
+        """How many characters went in."""
+        return self.certain + len(self._held)
+
+    def push(self, text: str) -> str:
+        """The text that no stop string can cut any more."""
+        if self.found:
+            return ""
+        self._held += text
+        ends = [(i + len(s), i) for s in self._strings if (i := self._held.find(s)) >= 0]
+        if ends:
+            self.found = True
+            cut = min(ends)[1]
+        else:
+            cut = len(self._held) - max((self._overlap(s) for s in self._strings), default=0)
+        out, self._held = self._held[:cut], "" if self.found else self._held[cut:]
+        self.certain += len(out)
+        return out
+
+    def flush(self) -> str:
+        """What is held back, once no more text will come."""
+        out, self._held = self._held, ""
+        self.certain += len(out)
+        return out
+
+    def _overlap(self, string: str) -> int:
+        """The length of the longest end of the held text that is a beginning of `string`."""
+        longest = min(len(self._held), len(string) - 1)
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)

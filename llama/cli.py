@@ -1,0 +1,217 @@
+"""The commands: `codellama complete`, `infill`, `chat`, `info`, and one for each room that has a command line.
+
+This is the one place where words become objects. Text is written to the terminal as it comes. Under torchrun every
+rank runs the same command; rank 0 reads and prints, the others follow. What a user got wrong ends in one paragraph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from fire.decorators import SetParseFns
+
+from llama import parallel
+from llama.checkpoint import Checkpoint
+from llama.decoding import Event
+from llama.generation import EMBEDDED, Llama
+from llama.model import Transformer
+from llama.prompts import Message, dialog, infilling
+
+FILL = "<FILL>"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROOMS = {"train": "llama.train.cli"}
+"""Verbs of the rooms, and the modules whose `COMMANDS` they run. A room is imported when its verb is asked for."""
+
+
+def build(**options: Any) -> Llama:
+    """`Llama.build` for the command line: `dtype` and `rope_scaling` may be words, and unknown options are named."""
+    allowed = inspect.signature(Llama.build).parameters
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ValueError(f"unknown option --{unknown[0]}; there are {', '.join('--' + name for name in allowed)}")
+    return Llama.build(**_objects(options))
+
+
+def _objects(options: dict[str, Any]) -> dict[str, Any]:
+    dtype, scaling = options.get("dtype"), options.get("rope_scaling")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
+        options = {**options, "dtype": DTYPES[dtype]}
+    if isinstance(scaling, str):
+        options = {**options, "rope_scaling": {"rope_type": scaling}}
+    return options
+
+
+@SetParseFns(prompt=str, stop=str)  # type: ignore[untyped-decorator]
+def complete(
+    prompt: str,
+    *,
+    temperature: float = 0.2,
+    top_p: float = 0.9,
+    top_k: int | None = None,
+    max_gen_len: int | None = None,
+    stop: str | None = None,
+    seed: int = 1,
+    echo: bool = True,
+    **options: Any,
+) -> None:
+    """Continues PROMPT ("-": standard input) and prints both, or with --noecho the continuation alone.
+
+    Further options are those of Llama.build: --ckpt_dir --tokenizer_path --max_seq_len --max_batch_size
+    --model_parallel_size --device --dtype --rope_theta --rope_scaling --timeout.
+    """
+    llama = build(seed=seed, **options)
+    text = llama.ranks.broadcast_object(sys.stdin.read() if llama.ranks.leads and prompt == "-" else prompt)
+    events = llama.stream([text], max_gen_len, temperature, top_p, top_k=top_k, stop=stop or (), seed=seed)
+    _say(llama, text if echo else "")
+    _print_stream(llama, events)
+    _say(llama, "\n")
+
+
+@SetParseFns(file=str)  # type: ignore[untyped-decorator]
+def infill(
+    file: str,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 0.9,
+    max_gen_len: int | None = None,
+    suffix_first: bool = False,
+    seed: int = 1,
+    **options: Any,
+) -> None:
+    """Prints FILE ("-": standard input) with its one <FILL> filled in. Options as for complete."""
+    llama = build(seed=seed, **options)
+    with llama.ranks.together():
+        text = ""
+        if llama.ranks.leads:
+            if file != "-" and not os.path.isfile(file):
+                raise ValueError(f"there is no file {file}; give a file with one {FILL}, or - for standard input")
+            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+            if text.count(FILL) != 1:
+                raise ValueError(f"{file} has {text.count(FILL)} places marked {FILL}; it needs exactly one")
+    prefix, suffix = llama.ranks.broadcast_object(text).split(FILL)
+    prompt = infilling(llama.tokenizer, prefix, suffix, suffix_first)
+    events = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed)
+    _say(llama, prefix)
+    _print_stream(llama, events)
+    _say(llama, suffix)
+
+
+def chat(
+    *,
+    system: str | None = None,
+    temperature: float = 0.2,
+    top_p: float = 0.95,
+    max_gen_len: int | None = None,
+    seed: int = 1,
+    **options: Any,
+) -> None:
+    """A conversation. /reset forgets it, Ctrl-C stops an answer, Ctrl-D or /exit ends. Options as for complete.
+
+    What the model has read of the conversation stays in its cache, so each turn reads only what is new. (Under
+    torchrun, Ctrl-C reaches the launcher, which ends all ranks.)
+    """
+    llama = build(**{"seed": seed, "max_batch_size": 1, **options})
+    opening: list[Message] = [Message(role="system", content=str(system))] if system else []
+    messages = list(opening)
+    while (line := _read_line(llama)) is not None and line != "/exit":
+        if line == "/reset":
+            messages = list(opening)
+        elif line:
+            try:
+                prompt = dialog(llama.tokenizer, [*messages, Message(role="user", content=line)])
+                stream = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed, reuse=True)
+            except ValueError as error:
+                _say(llama, f"({error}; /reset begins anew)\n")
+                continue
+            answer = _print_stream(llama, stream)
+            _say(llama, "\n")
+            messages += [Message(role="user", content=line), Message(role="assistant", content=answer)]
+
+
+def _read_line(llama: Llama) -> str | None:
+    """The next line of rank 0's user, on every rank; None at the end."""
+    line: str | None = None
+    if llama.ranks.leads:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            _say(llama, "\n")
+    received: str | None = llama.ranks.broadcast_object(line)
+    return received
+
+
+def _print_stream(llama: Llama, events: Iterator[Event]) -> str:
+    """Prints one row's text as it comes and returns it whole. Ctrl-C ends it there."""
+    parts: list[str] = []
+    try:
+        for event in events:
+            parts.append(event.text)
+            _say(llama, event.text)
+    except KeyboardInterrupt:
+        _say(llama, " [stopped]")
+    return "".join(parts)
+
+
+def _say(llama: Llama, text: str) -> None:
+    if llama.ranks.leads:
+        print(text, end="", flush=True)
+
+
+def info(ckpt_dir: str | None = None) -> None:
+    """What a checkpoint is: its sizes, parameters, bytes, and the cache that a token takes. Reads no weights."""
+    checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
+    args = checkpoint.args()
+    with torch.device("meta"):
+        model = Transformer(args)
+    parameters = sum(p.numel() for p in model.parameters())
+    stored = next(iter(checkpoint.tensor(name, args).dtype for name in checkpoint.names()))
+    width = stored.itemsize
+    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * width
+    print(f"{checkpoint.path}: {checkpoint.n_shards} shard{'s' if checkpoint.n_shards > 1 else ''}")
+    for name, value in {**args.to_params(), "head_dim": args.head_dim, "hidden_dim": args.hidden_dim}.items():
+        print(f"  {name:20} {value}")
+    print(f"  {'parameters':20} {parameters:,}")
+    print(f"  {'weights':20} {parameters * width:,} bytes in {str(stored).removeprefix('torch.')}")
+    print(f"  {'KV cache':20} {kv:,} bytes a token in {str(stored).removeprefix('torch.')}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"complete": complete, "infill": infill, "chat": chat, "info": info}
+
+
+def run(component: Any, name: str | None = None) -> None:
+    """Runs a function, or a table of them, as a command by fire. What a user got wrong is one paragraph on rank 0's
+    standard error and exit code 1 on every rank."""
+    leads = os.environ.get("RANK", "0") == "0"
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr) if leads else None
+    try:
+        fire.Fire(component, name=name)
+    except ValueError as error:
+        if leads:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        parallel.stop()
+
+
+def main() -> None:
+    """The console script `codellama`."""
+    commands: dict[str, Any] = dict(COMMANDS)
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb in ROOMS:
+        commands[verb] = importlib.import_module(ROOMS[verb]).COMMANDS
+    elif verb in ("", "-h", "--help"):
+        commands |= dict.fromkeys(ROOMS, None)
+    run(commands, name="codellama")
