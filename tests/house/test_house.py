@@ -1,0 +1,129 @@
+"""The rules of the house that a program can check: who imports whom, fairscale in one place, how long things are."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "llama"
+ROOT = PACKAGE.parent
+READING_ORDER = [
+    "config",
+    "rope",
+    "cache",
+    "parallel",
+    "model",
+    "tokenizer",
+    "prompts",
+    "sampling",
+    "checkpoint",
+    "decoding",
+    "generation",
+    "cli",
+]
+RUN_TIME = {"torch", "sentencepiece", "fairscale", "fire", "numpy", "tqdm", "llama"} | set(sys.stdlib_module_names)
+CORE = [PACKAGE / f"{name}.py" for name in READING_ORDER]
+ROOMS = sorted(folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full dotted names of all that a file imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def lines_of_code(path: Path) -> set[int]:
+    """Line numbers that hold code: not blank, not a comment, not a docstring."""
+    source = path.read_text(encoding="utf-8")
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in nothing:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return code - prose
+
+
+def test_reading_order_lists_every_core_file() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*READING_ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("name", READING_ORDER)
+def test_core_imports_only_what_stands_above_it(name: str) -> None:
+    above = set(READING_ORDER[: READING_ORDER.index(name)])
+    for imported in imports(PACKAGE / f"{name}.py"):
+        top, _, rest = imported.partition(".")
+        assert top in RUN_TIME | {"__future__"}, f"{name}.py imports {imported}, which the core may not need"
+        if top == "llama":
+            assert rest.split(".")[0] in above, f"{name}.py imports {imported}, which stands below it"
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_room_imports_other_rooms_only_in_its_command_line(room: Path) -> None:
+    others = {f"llama.{other.name}" for other in ROOMS if other != room}
+    for path in room.rglob("*.py"):
+        if path.name not in ("cli.py", "__main__.py"):
+            strangers = [i for i in imports(path) if ".".join(i.split(".")[:2]) in others]
+            assert not strangers, f"{path} imports {strangers}"
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_room_has_a_readme(room: Path) -> None:
+    assert (room / "README.md").is_file()
+
+
+def test_fairscale_is_imported_in_parallel_alone() -> None:
+    users = [path.name for path in PACKAGE.rglob("*.py") if any(i.startswith("fairscale") for i in imports(path))]
+    assert users == ["parallel.py"]
+
+
+def test_core_is_short_enough_to_be_read() -> None:
+    sizes = {path.name: len(lines_of_code(path)) for path in CORE}
+    assert sum(sizes.values()) <= 1600, sizes
+    assert max(sizes.values()) <= 320, sizes
+
+
+def test_functions_fit_on_a_screen() -> None:
+    for path in CORE:
+        code = lines_of_code(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                size = len(code & set(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
+                assert size <= 60, f"{path.name}: {node.name} has {size} lines"
+
+
+def test_no_names_that_say_nothing() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert path.stem not in ("utils", "common", "helpers"), path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Global), f"{path}: global"
+            if isinstance(node, ast.ClassDef):
+                assert not re.search(r"Manager$|Handler$|^Base", node.name), f"{path}: {node.name}"
+
+
+def test_model_file_contains_the_model_and_nothing_else() -> None:
+    names = set(imports(PACKAGE / "model.py"))
+    assert not any("inference_mode" in name or "argparse" in name or "checkpoint" in name for name in names)
+    assert "inference_mode" not in (PACKAGE / "model.py").read_text(encoding="utf-8")
+
+
+def test_license_and_version_are_one() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version = re.search(r'version="([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert version is not None
+    assert f"## {version[1]}" in changelog

@@ -1,0 +1,46 @@
+"""The README is run as it stands: its Python, and the commands that need no published checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama.cli import main
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.startswith("codellama")
+]
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(COMMANDS) >= 4
+    assert sum(language == "python" for language, _ in BLOCKS) >= 1
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip(), "the stream printed nothing"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "CodeLlama-" not in c and "--help" not in c])
+def test_command_of_the_readme_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").write_text("def area(width, height):\n    return <FILL>\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    lines = iter(["Write a function.", "/reset", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    main()
+    assert capsys.readouterr().out.strip()
