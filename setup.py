@@ -8,7 +8,7 @@ EXTRAS = {
     # Training a checkpoint: the tokenizer's model file is edited through its protocol buffer.
     "train": ["protobuf>=4"],
     # Tests: independent implementations to compare with, and what .ci/run checks with.
-    "test": ["protobuf>=4", "pytest>=8", "hypothesis>=6", "transformers>=4.48,<6", "ruff>=0.9", "mypy>=1.18"],
+    "test": ["protobuf>=4", "pytest>=8", "hypothesis>=6", "transformers>=5,<6", "ruff>=0.9", "mypy>=1.18"],
 }
 
 setup(

@@ -74,6 +74,8 @@ class KVCache:
             self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
             self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.rows, self.slots, self.bucket = rows, slots, bucket
+        self.owner: object = None
+        """Whoever writes rows over many steps puts itself here, and can tell when another has taken them."""
 
     @property
     def nbytes(self) -> int:

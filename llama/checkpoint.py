@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from llama.config import ModelArgs
 from llama.model import Transformer
-from llama.parallel import Ranks
+from llama.parallel import Ranks, share
 
 CUT: dict[str, int | None] = {
     "tok_embeddings": 1,  # the hidden dimension, unlike Llama 3
@@ -54,18 +54,17 @@ def recut(name: str, parts: list[Tensor], rank: int, world_size: int, n_kv_heads
     dim = CUT.get(short)
     if dim is None:
         return parts[0]
-    unit = 1
-    if short in ("wk", "wv"):
-        unit = head_dim
+    repeat = short in ("wk", "wv")
+    if repeat:
         parts = parts[:: max(1, len(parts) // n_kv_heads)]
+    unit = head_dim if short in ("wq", "wk", "wv", "wo") else 1
     whole = sum(part.shape[dim] for part in parts)
-    size = max(whole // world_size, unit)
-    if whole % size or world_size % (whole // size):
+    try:
+        start, size = share(whole, rank, world_size, unit, repeat)
+    except ValueError as error:
         raise ValueError(
-            f"{name} has {whole // unit} {'KV heads' if unit > 1 else 'rows' if dim == 0 else 'columns'}, which "
-            f"can't be shared by {world_size} ranks: choose a --nproc_per_node that divides them (1 always works)"
-        )
-    start = rank * (whole // size) // world_size * size
+            f"the {'heads' if unit > 1 else 'rows' if dim == 0 else 'columns'} of {name}: {error}"
+        ) from None
     pieces = []
     for part in parts:
         low, high = max(start, 0), min(start + size, part.shape[dim])
@@ -114,7 +113,7 @@ class Checkpoint:
         params = {**self.params, "vocab_size": embedding.shape[0]}
         try:
             args, unknown = ModelArgs.from_params(params, **limits)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path / 'params.json'}: {error}") from error
         if unknown:
             warnings.warn(f"{self.path / 'params.json'}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=2)
@@ -167,16 +166,20 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} ({size:,} bytes) is no plain file of tensors: it is damaged, or loading it would run code. Take "
-            f"it from a source you trust, and check it against checklist.chk. ({str(error).splitlines()[0]})"
+            f"it from a source you trust, and check it against checklist.chk. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch.load raises all kinds of them for damaged files
         raise ValueError(
             f"{path} ({size:,} bytes) can't be read, most likely an incomplete download: resume it, or delete the file "
-            f"and download it again. ({str(error).splitlines()[0]})"
+            f"and download it again. ({_first_line(error)})"
         ) from error
     if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
         raise ValueError(f"{path} holds no plain dictionary of tensors: it is not a shard of a published checkpoint")
     return shard
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def load(model: Transformer, checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype) -> None:

@@ -47,6 +47,9 @@ def _objects(options: dict[str, Any]) -> dict[str, Any]:
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
         options = {**options, "dtype": DTYPES[dtype]}
+    for name in ("ckpt_dir", "tokenizer_path"):
+        if options.get(name) is not None:
+            options = {**options, name: str(options[name])}
     if isinstance(scaling, str):
         options = {**options, "rope_scaling": {"rope_type": scaling}}
     return options
@@ -96,7 +99,8 @@ def infill(
         if llama.ranks.leads:
             if file != "-" and not os.path.isfile(file):
                 raise ValueError(f"there is no file {file}; give a file with one {FILL}, or - for standard input")
-            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+            # As bytes, so that line ends stay what they are.
+            text = sys.stdin.read() if file == "-" else Path(file).read_bytes().decode("utf-8")
             if text.count(FILL) != 1:
                 raise ValueError(f"{file} has {text.count(FILL)} places marked {FILL}; it needs exactly one")
     prefix, suffix = llama.ranks.broadcast_object(text).split(FILL)
@@ -107,6 +111,7 @@ def infill(
     _say(llama, suffix)
 
 
+@SetParseFns(system=str)  # type: ignore[untyped-decorator]
 def chat(
     *,
     system: str | None = None,
@@ -170,7 +175,7 @@ def _say(llama: Llama, text: str) -> None:
 
 def info(ckpt_dir: str | None = None) -> None:
     """What a checkpoint is: its sizes, parameters, bytes, and the cache that a token takes. Reads no weights."""
-    checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
+    checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else str(ckpt_dir))
     args = checkpoint.args()
     with torch.device("meta"):
         model = Transformer(args)
@@ -195,7 +200,9 @@ def run(component: Any, name: str | None = None) -> None:
     leads = os.environ.get("RANK", "0") == "0"
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr) if leads else None
     try:
-        fire.Fire(component, name=name)
+        # "-" is a file's name here (standard input), not fire's separator.
+        own = sys.argv[1:] if "--" in sys.argv else [*sys.argv[1:], "--"]
+        fire.Fire(component, [*own, "--separator=\x1f"], name=name)
     except ValueError as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)

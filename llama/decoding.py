@@ -115,7 +115,8 @@ def decode(model: Transformer, ranks: Ranks, active: list[Answer], logits: Tenso
     """Writes until all rows have ended; `active[i]` is in row i of the cache. False where rank 0 has stopped.
 
     Rank 0 hands its events out before it tells the others the tokens. So when its caller stops listening, the
-    others are waiting for just that message, and it tells them to stop as well.
+    others are waiting for just that message, and it tells them to stop as well. Raises ValueError where another
+    stream has taken the cache's rows meanwhile.
     """
     cache, leads = model.own_cache(), ranks.leads
     while active:
@@ -136,6 +137,11 @@ def decode(model: Transformer, ranks: Ranks, active: list[Answer], logits: Tenso
             raise
         if leads:
             ranks.broadcast(chosen)
+        if cache.owner is not active:
+            raise ValueError(
+                "another stream began on this model before this one had ended, and took the cache's rows: finish or "
+                "close a stream before the next, or build a second Llama"
+            )
         _drop_finished(active, cache)
         if active:
             new = torch.tensor([a.tokens[-1:] for a in active], device=logits.device)  # (B, 1)

@@ -148,6 +148,8 @@ class Llama:
         prompt that is empty or longer than max_seq_len and for settings that can't be.
         """
         asked = [self._prompt(prompt) for prompt in prompts]
+        if not asked:
+            raise ValueError("there is nothing to answer: give at least one prompt")
         if max_gen_len is not None and max_gen_len < 0:
             raise ValueError(f"max_gen_len is {max_gen_len}; it must be 0 or more, or None for as much as fits")
         if seed is None:
@@ -187,7 +189,7 @@ class Llama:
         for first in range(0, len(answers), rows):
             active = sorted(answers[first : first + rows], key=lambda a: len(a.tokens), reverse=True)
             known = self._known(active[0].tokens) if reuse and len(active) == 1 else 0
-            self._last = None
+            self._last, self.model.own_cache().owner = None, active
             logits = last_logits(self.model, [a.tokens for a in active], self.prefill_chunk, known)
             self._last = active[0] if len(active) == 1 else None
             if not (yield from decode(self.model, self.ranks, active, logits)):
@@ -210,7 +212,7 @@ class Llama:
         sequences = [self._prompt(text).tokens for text in texts]
         for row, tokens in enumerate(sequences):
             self._check(row, tokens)
-        self._last = None
+        self._last = self.model.own_cache().owner = None
         found: list[list[float | None]] = [[None] for _ in sequences]
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         rows = self.model.args.max_batch_size
@@ -265,8 +267,6 @@ class Llama:
     ) -> list[Event]:
         """All events of each row in one."""
         rows: list[list[Event]] = [[] for _ in asked]
-        if not asked:
-            return []
         for event in self.stream(asked, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed):
             rows[event.row].append(event)
         return [
@@ -381,7 +381,9 @@ class Llama:
         if isinstance(seed, Sequence) and len(seed) == len(dialogs):
             seed = [seed[i] for i in asked]
         prompts = [*asked.values()]
-        found = self._collect(prompts, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
+        found = (
+            self._collect(prompts, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed) if asked else []
+        )
         results = dict(zip(asked, found, strict=True))
         return [
             ChatPrediction(

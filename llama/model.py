@@ -141,11 +141,11 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.head_dim
-        kv_heads = max(args.n_kv_heads, shards())  # more ranks than kv heads: neighbours hold the same one
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, kv_heads * args.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, kv_heads * args.head_dim)
-        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
+        width, kv_width, D = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.head_dim
+        self.wq = ColumnParallelLinear(args.dim, width, unit=D)
+        self.wk = ColumnParallelLinear(args.dim, kv_width, unit=D, repeat=True)  # more ranks than kv heads:
+        self.wv = ColumnParallelLinear(args.dim, kv_width, unit=D, repeat=True)  # neighbours hold the same one
+        self.wo = RowParallelLinear(width, args.dim)
         self.attend: Attend = scaled_dot_product
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], span: Span, extend: Extend) -> Tensor:

@@ -114,7 +114,7 @@ def start(
     the groups were started with.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    size = model_parallel_size or world_size
+    size = world_size if model_parallel_size is None else model_parallel_size
     if size < 1 or world_size % size:
         raise ValueError(
             f"model_parallel_size {size} with {world_size} process{'es' if world_size > 1 else ''}: start a multiple "
@@ -124,8 +124,7 @@ def start(
     wait = timedelta(seconds=timeout)
     if not dist.is_initialized():
         if world_size == 1:
-            in_memory = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=in_memory, rank=0, world_size=1, timeout=wait)
+            _start_alone()
         else:
             backend = "nccl" if device.type == "cuda" else "gloo"
             rank = int(os.environ["RANK"])
@@ -141,6 +140,20 @@ def start(
     if world_size > 1:
         dist.distributed_c10d._set_pg_timeout(wait, groups.get_model_parallel_group())
     return Ranks(groups.get_model_parallel_rank(), size, device, _control_group(size))
+
+
+class _Alone(dist.ProcessGroup):
+    """A group of one process. fairscale skips communication in it, so it needs no backend, which would open ports."""
+
+
+def _start_alone() -> None:
+    if not hasattr(dist.Backend, "ALONE"):
+        dist.Backend.register_backend(
+            "alone",
+            lambda store, rank, size, timeout: _Alone(rank, size),  # type: ignore[call-arg]
+            devices=["cpu", "cuda", "mps"],
+        )
+    dist.init_process_group("alone", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def _control_group(size: int) -> dist.ProcessGroup | None:
@@ -169,16 +182,29 @@ def shards() -> int:
     return int(groups.get_model_parallel_world_size())
 
 
-def _weight(rows: int, columns: int, cut: int) -> nn.Parameter:
+def share(whole: int, rank: int, ranks: int, unit: int = 1, repeat: bool = False) -> tuple[int, int]:
+    """Where rank `rank`'s part of a dimension of size `whole` begins, and its size: a number of whole `unit`s.
+
+    With `repeat`, neighbouring ranks hold the same unit where there are fewer units than ranks. Raises ValueError
+    where the units can't be shared evenly.
+    """
+    units = whole // unit
+    parts = min(units, ranks) if repeat else ranks
+    if units % parts or ranks % parts:
+        raise ValueError(f"{units} can't be shared by {ranks} ranks: choose a --nproc_per_node that divides it, or 1")
+    size = units // parts * unit
+    return rank * parts // ranks * size, size
+
+
+def _weight(rows: int, columns: int, cut: int, unit: int = 1, repeat: bool = False) -> nn.Parameter:
     """This rank's part of a (rows, columns) matrix cut on dimension `cut`; every rank draws the whole one, so with
     one seed the model is the same however many ranks share it. On the meta device nothing is drawn."""
-    n = shards()
-    if (rows, columns)[cut] % n:
-        raise ValueError(f"a {rows} x {columns} matrix can't be cut into {n} on dimension {cut}: use fewer ranks")
-    weight = torch.empty(rows, columns)
-    if not weight.is_meta:
-        weight.normal_(std=INIT_STD)
-    return nn.Parameter(weight.chunk(n, cut)[groups.get_model_parallel_rank()].clone() if n > 1 else weight)
+    ranks = shards()
+    start, size = share((rows, columns)[cut], groups.get_model_parallel_rank(), ranks, unit, repeat)
+    part = torch.empty((size, columns) if cut == 0 else (rows, size))
+    if not part.is_meta:
+        part.copy_(torch.empty(rows, columns).normal_(std=INIT_STD).narrow(cut, start, size))
+    return nn.Parameter(part)
 
 
 # fairscale's layers with fairscale's forward. Their constructors are replaced: those fill a whole float32 matrix in
@@ -197,12 +223,18 @@ class ParallelEmbedding(layers.ParallelEmbedding):  # type: ignore[misc]
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):  # type: ignore[misc]
-    """(..., in) to (..., out / ranks), or to (..., out) on every rank with `gather_output`. No bias."""
+    """(..., in) to (..., out / ranks), or to (..., out) on every rank with `gather_output`. No bias.
 
-    def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
+    The output is cut between units of `unit` features. With `repeat`, neighbouring ranks hold the same unit where
+    there are more ranks than units; a gradient of such a weight is this rank's part of it.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, gather_output: bool = False, unit: int = 1, repeat: bool = False
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
-        self.weight = _weight(out_features, in_features, cut=0)
+        self.weight = _weight(out_features, in_features, 0, unit, repeat)
         self.bias = None
 
 

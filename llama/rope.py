@@ -34,7 +34,7 @@ class Spectrum(NamedTuple):
 
 def default(head_dim: int, theta: float, length: int) -> Spectrum:
     """w_i = theta^(-2i/D) (arXiv 2104.09864, eq. 15)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim  # even in a meta model
     return Spectrum(theta**-exponent)
 
 
@@ -92,7 +92,7 @@ def yarn(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    index = torch.arange(head_dim // 2, dtype=torch.float64)
+    index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
     interpolated = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
     plain = default(head_dim, theta, length).inv_freq
     if attention_factor is None:
@@ -134,6 +134,10 @@ SPECTRA: dict[str, Callable[..., Spectrum]] = {
 
 def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: int) -> Spectrum:
     """The spectrum that a `rope_scaling` names, for tables of `length` positions; ValueError where it can't be."""
+    if scaling is not None and not isinstance(scaling, dict):
+        raise ValueError(
+            f"rope_scaling is {scaling!r}; give a dictionary such as {{'rope_type': 'linear', 'factor': 4}}"
+        )
     parameters = dict(scaling or {})
     name = parameters.pop("rope_type", parameters.pop("type", "default"))
     if name not in SPECTRA:
@@ -148,8 +152,10 @@ def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: i
             f"rope_scaling {scaling} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}; "
             f"{name!r} takes {list(options) or 'no parameters'}"
         )
-    if parameters.get("factor", 1.0) < 1.0:
-        raise ValueError(f"rope_scaling has factor {parameters['factor']}; it stretches the context, so at least 1")
+    for key in ("factor", "original_max_position_embeddings"):
+        value = parameters.get(key, 1)
+        if not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+            raise ValueError(f"rope_scaling has {key} {value!r}; it must be a number of at least 1")
     return scheme(head_dim, theta, length, **parameters)
 
 

@@ -44,7 +44,9 @@ def sample(logits: Tensor, settings: Sequence[Sampling], generators: Sequence[to
         return greedy
     device = logits.device
     temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
-    probs = torch.softmax(logits / temperature, dim=-1)
+    # The largest score is made 0 first, so that dividing by a tiny temperature can't overflow.
+    above = logits - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(above / temperature.clamp_min(torch.finfo(torch.float32).tiny), dim=-1)
     if any(s.top_p < 1 or s.top_k for s in settings):
         probs = keep_likeliest(probs, settings)
     cumulative = probs.cumsum(-1)

@@ -64,8 +64,11 @@ class Tokenizer:
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Ids of a text, on request between the ids that begin and end a sequence. What looks like a mark in it is
-        spelled out as the text that it is."""
-        ids: list[int] = self.sp_model.encode(s)
+        spelled out as the text that it is. ValueError for halves of surrogate pairs, which are no text."""
+        try:
+            ids: list[int] = self.sp_model.encode(s.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text has a lone surrogate at {error.start}: read it as UTF-8") from None
         if not self._spelled.keys().isdisjoint(ids):
             ids = [part for i in ids for part in self._spelled.get(i, [i])]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
