@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from llama.prompts import Message, dialog, infilling
 
 FILL = "<FILL>"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROOMS = {"train": "llama.train.cli"}
-"""Verbs of the rooms, and the modules whose `COMMANDS` they run. A room is imported when its verb is asked for."""
+ROOMS = {"train": ("llama.train.cli", "Trains a small checkpoint.")}
+"""Verbs of the rooms, the modules whose `COMMANDS` they run, and what these do. A room is imported when asked for."""
 
 
 def build(**options: Any) -> Llama:
@@ -217,8 +218,8 @@ def main() -> None:
     """The console script `codellama`."""
     commands: dict[str, Any] = dict(COMMANDS)
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in ROOMS:
-        commands[verb] = importlib.import_module(ROOMS[verb]).COMMANDS
-    elif verb in ("", "-h", "--help"):
-        commands |= dict.fromkeys(ROOMS, None)
+    for room, (module, summary) in ROOMS.items():
+        commands[room] = importlib.import_module(module).COMMANDS if room == verb else partial(print, summary)
+        if room != verb:
+            commands[room].__doc__ = summary
     run(commands, name="codellama")

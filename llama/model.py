@@ -36,6 +36,10 @@ class Transformer(nn.Module):
         super().__init__()
         if args.vocab_size < 1:
             raise ValueError(f"vocab_size is {args.vocab_size}; give the number of rows of the embedding")
+        if args.n_heads % shards():
+            raise ValueError(
+                f"{args.n_heads} heads can't be shared by {shards()} ranks: choose a --nproc_per_node that divides them"
+            )
         spectrum(args.head_dim, args.rope_theta, args.rope_scaling, args.max_seq_len)  # fails now rather than later
         self.args = args
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)

@@ -93,9 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         server.requests.append((path, asked))
         server.queries.add(unquote(query))
-        binary = (
-            {"Content-Type": "binary/octet-stream"} if not path.endswith(".json") else {}
-        )  # need not be told
+        binary = {"Content-Type": "binary/octet-stream"} if not path.endswith(".json") else {}  # need not be told
         faults = server.faults.get(path, [])
         fault = faults.pop(0) if faults else ""
         if path not in server.files:
