@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import llama as reference_llama
-from reference import random_weights
 from torch import Tensor
 
 from llama.config import ModelArgs
 from llama.generation import Llama
+from reference import llama as reference_llama
+from reference import random_weights
 
 VOCABULARY = 1024
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=VOCABULARY, hidden_dim=96)

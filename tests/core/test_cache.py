@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import MakeModel
 from torch import Tensor, nn
 
+import reference
 from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.model import Transformer
+from reference import MakeModel
 
 CPU = torch.device("cpu")
 ATOL = 5e-5  # float32 against float64, logits of order 1

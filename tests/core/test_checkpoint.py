@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-from parallel.ranks import on_ranks
-from parallel.shards import part, shard
 from torch import Tensor
 
+import reference
 from llama import checkpoint as module
 from llama import parallel
 from llama.checkpoint import CUT, Checkpoint, load, merge, save, split
 from llama.config import ModelArgs
 from llama.model import Transformer
+from parallel.ranks import on_ranks
+from parallel.shards import part, shard
 
 ARGS = ModelArgs(
     dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=96, hidden_dim=96, max_batch_size=2, max_seq_len=64

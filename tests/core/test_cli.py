@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_text import ARGS, WEIGHTS
 from torch import Tensor
 
+from fixtures_text import ARGS, WEIGHTS
 from llama import Llama, Message, Transformer, checkpoint, cli, parallel
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
@@ -267,14 +267,15 @@ def test_info_of_bfloat16_shards(codellama: Run, tmp_path: Path) -> None:
     assert "128 bytes a token in bfloat16" in out
 
 
-def test_a_folder_named_by_a_number_is_a_folder(
-    codellama: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["123", "2024_01", "1e3"])
+def test_a_folder_whose_name_looks_like_a_number_is_a_folder(
+    codellama: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    (tmp_path / "123").symlink_to(tiny_checkpoint)
+    (tmp_path / name).symlink_to(tiny_checkpoint)
     monkeypatch.chdir(tmp_path)
-    assert codellama("info", "--ckpt_dir", "123", defaults=False)[1].startswith("123: 1 shard\n")
-    words = ["--ckpt_dir", "123", "--max_gen_len", "1"]
-    assert codellama("complete", "x", *words, "--tokenizer_path", "123/tokenizer.model", defaults=False)[0] == 0
+    assert codellama("info", "--ckpt_dir", name, defaults=False)[1].startswith(f"{name}: 1 shard\n")
+    words = ["--ckpt_dir", name, "--max_gen_len", "1"]
+    assert codellama("complete", "x", *words, "--tokenizer_path", f"{name}/tokenizer.model", defaults=False)[0] == 0
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fixtures_text import ROWS, SLOTS, Spy, cut_before_the_first_complete, greedy, logprobs_after, next_logprobs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fixtures_text import ROWS, SLOTS, Spy, cut_before_the_first_complete, greedy, logprobs_after, next_logprobs
 from llama.decoding import Answer, Event, last_logits, prefill
 from llama.generation import Llama
 from llama.prompts import Prompt
@@ -254,3 +254,11 @@ def test_tokens_that_could_begin_a_stop_string_are_held_back_with_their_text(tok
     assert events[3].logprobs == [-1.0, -2.0, -3.0]
     assert events[-1].finish_reason == "stop"
     assert answer.finished
+
+
+def test_a_stop_string_may_end_in_what_is_told_last(tokenizer: Tokenizer) -> None:
+    """The end of the answer makes half a character U+FFFD, and that completes the stop string."""
+    half = tokenizer.sp_model.piece_to_id("<0xE4>")
+    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 2, "x\ufffd", tokenizer)
+    events = [answer.take(tokenizer.sp_model.piece_to_id("x"), -1.0), answer.take(half, -2.0)]
+    assert [(event.text, event.tokens, event.finish_reason) for event in events] == [("", [], None), ("", [], "stop")]

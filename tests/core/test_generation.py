@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+
 from fixtures_text import (
     ARGS,
     ROWS,
@@ -30,7 +31,6 @@ from fixtures_text import (
     training_texts,
     write_script,
 )
-
 from llama import Llama, Message, ModelArgs, Prompt, Tokenizer, Transformer
 from llama.decoding import Event
 from llama.prompts import UNSAFE_ERROR, completion, dialog, infilling
@@ -400,6 +400,17 @@ def test_reuse_is_for_one_row_that_nothing_else_has_overwritten(
         events = list(tiny_llama.stream([prompt], 6, temperature=0, reuse=True))
         assert [token for event in events for token in event.tokens] == expected
         assert spy.read[0] == (1, len(prompt))
+
+
+def test_reuse_of_several_prompts_at_once_reads_them_whole(tiny_llama: Llama) -> None:
+    """Only the first row's content is known, not that of the others."""
+    prompt, other = [1, *range(300, 340)], [1, *range(400, 430)]
+    list(tiny_llama.stream([prompt], 6, temperature=0, reuse=True))
+    asked = [[*prompt, 350], other]
+    found: list[list[int]] = [[], []]
+    for event in tiny_llama.stream(asked, 6, temperature=0, reuse=True):
+        found[event.row] += event.tokens
+    assert found == [greedy(ids, 6) for ids in asked]
 
 
 def test_reuse_goes_on_from_an_answer_that_was_broken_off(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from reference import MakeModel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import reference
 from llama.config import ModelArgs
 from llama.model import FeedForward, RMSNorm, Transformer, scaled_dot_product
 from llama.rope import spectrum
+from reference import MakeModel
 
 ATOL = 5e-5  # float32 against float64, logits of order 1
 KV_HEADS = {"MHA": 8, "GQA": 2, "MQA": 1}

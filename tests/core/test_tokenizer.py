@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fixtures_text import VOCABULARY, characters_of, cut_before_the_first_complete
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import CodeLlamaTokenizer
 
+from fixtures_text import VOCABULARY, characters_of, cut_before_the_first_complete
 from llama.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 SPELLED_MARKS = ["<PRE>", "<SUF>", "<MID>", "<EOT>", "<EOT> <EOT>", "<EOT>" + 5 * " <EOT>"]  # ▁ is an implied space

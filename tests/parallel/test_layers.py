@@ -7,17 +7,17 @@ import sys
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale
-from parallel.ranks import on_ranks
-from parallel.shards import part, shard
 from torch import Tensor, nn
 
+import reference
 from llama import parallel
 from llama.config import ModelArgs
 from llama.model import Transformer
+from parallel.ranks import on_ranks
+from parallel.shards import part, shard
 
 ATOL = 5e-5
 ARGS = ModelArgs(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel.ranks import RankFailed, on_ranks, outcomes
 
 from llama import parallel
 from llama.config import ModelArgs
 from llama.model import Transformer
+from parallel.ranks import RankFailed, on_ranks, outcomes
 
 
 class Unpicklable(Exception):
