@@ -124,11 +124,19 @@ class TransformerBlock(nn.Module):
 
 
 def scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-    """softmax(q·k / sqrt(D))·v by PyTorch's fused kernels, which read each kv head for its group of query heads."""
-    grouped = q.shape[1] != keys.shape[1]
-    if span.is_square:
-        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=span.mask, enable_gqa=grouped)
+    """softmax(q·k / sqrt(D))·v by PyTorch's fused kernels.
+
+    Each kv head becomes a row of its own, of which its H/K query heads are the heads: so it is read where it lies, by
+    a stride of 0. (With `enable_gqa` and a mask, PyTorch falls back to copying keys and values on CUDA.)
+    """
+    B, H, T, D = q.shape
+    K, mask = keys.shape[1], None if span.is_square else span.mask
+    if K < H:
+        q = q.reshape(B * K, H // K, T, D)
+        keys, values = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (keys, values))
+        mask = None if mask is None else mask.expand(B, K, -1, -1).flatten(0, 1).unsqueeze(1)  # (B * K, 1, T, S)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None)
+    return out.reshape(B, H, T, D)
 
 
 def heads_first(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
