@@ -28,6 +28,7 @@ from llama.model import Transformer
 from llama.prompts import Message, dialog, infilling
 
 FILL = "<FILL>"
+PATHS = {"ckpt_dir": str, "tokenizer_path": str}  # fire would read 1e3 as a number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOMS = {"train": ("llama.train.cli", "Trains a small checkpoint.")}
 """Verbs of the rooms, the modules whose `COMMANDS` they run, and what these do. A room is imported when asked for."""
@@ -48,15 +49,12 @@ def _objects(options: dict[str, Any]) -> dict[str, Any]:
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
         options = {**options, "dtype": DTYPES[dtype]}
-    for name in ("ckpt_dir", "tokenizer_path"):
-        if options.get(name) is not None:
-            options = {**options, name: str(options[name])}
     if isinstance(scaling, str):
         options = {**options, "rope_scaling": {"rope_type": scaling}}
     return options
 
 
-@SetParseFns(prompt=str, stop=str)  # type: ignore[untyped-decorator]
+@SetParseFns(prompt=str, stop=str, **PATHS)  # type: ignore[untyped-decorator]
 def complete(
     prompt: str,
     *,
@@ -82,7 +80,7 @@ def complete(
     _say(llama, "\n")
 
 
-@SetParseFns(file=str)  # type: ignore[untyped-decorator]
+@SetParseFns(file=str, **PATHS)  # type: ignore[untyped-decorator]
 def infill(
     file: str,
     *,
@@ -112,7 +110,7 @@ def infill(
     _say(llama, suffix)
 
 
-@SetParseFns(system=str)  # type: ignore[untyped-decorator]
+@SetParseFns(system=str, **PATHS)  # type: ignore[untyped-decorator]
 def chat(
     *,
     system: str | None = None,
@@ -174,9 +172,10 @@ def _say(llama: Llama, text: str) -> None:
         print(text, end="", flush=True)
 
 
+@SetParseFns(**PATHS)  # type: ignore[untyped-decorator]
 def info(ckpt_dir: str | None = None) -> None:
     """What a checkpoint is: its sizes, parameters, bytes, and the cache that a token takes. Reads no weights."""
-    checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else str(ckpt_dir))
+    checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
     args = checkpoint.args()
     with torch.device("meta"):
         model = Transformer(args)

@@ -307,6 +307,8 @@ class Llama:
 
         `echo` puts the prompt before all of these. Arguments and errors are those of `stream`.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text; give a list of texts")
         asked = [completion(self.tokenizer, text) for text in prompts]
         results = self._collect(asked, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
         scores = self.score([p.tokens for p in asked]) if echo and logprobs else [None] * len(asked)
@@ -335,6 +337,8 @@ class Llama:
     ) -> list[InfillingPrediction]:
         """Writes what stands between each prefix and suffix: `generation`, `full_text` with all three parts, and as
         `text_completion`. `suffix_first` asks in SPM order. ValueError where the checkpoint has no infilling marks."""
+        if isinstance(prefixes, str) or isinstance(suffixes, str):
+            raise ValueError("prefixes or suffixes is one text; give two lists of texts")
         if len(prefixes) != len(suffixes):
             raise ValueError(f"{len(prefixes)} prefixes and {len(suffixes)} suffixes: give as many of both")
         parts = list(zip(prefixes, suffixes, strict=True))

@@ -79,11 +79,24 @@ def test_complete_takes_the_settings_of_sampling(codellama: Run, tiny_llama: Lla
     assert codellama(*words, "--top_k", "5", defaults=False)[1] == completed(tiny_llama, "x", **drawn) + "\n"
 
 
-def test_stop_is_text(codellama: Run, tiny_llama: Llama) -> None:
+def test_stop_ends_the_answer(codellama: Run, tiny_llama: Llama) -> None:
     whole = completed(tiny_llama, "x")
-    for stop in (whole[3:5], "[1]", "7"):
-        expected = whole.split(stop)[0]
-        assert codellama("complete", "x", "--noecho", "--stop", stop)[1] == expected + "\n"
+    expected = whole[: whole.index(whole[3:5])]
+    assert codellama("complete", "x", "--noecho", "--stop", whole[3:5])[1] == expected + "\n"
+
+
+@pytest.mark.parametrize("stop", ["7", "[1]", "1,2"])
+def test_a_stop_that_looks_like_ids_is_text(codellama: Run, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    given: list[Any] = []
+    original = Llama.stream
+
+    def stream(self: Llama, *args: Any, **options: Any) -> Iterator[Any]:
+        given.append(options["stop"])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Llama, "stream", stream)
+    assert codellama("complete", "x", "--stop", stop)[0] == 0
+    assert given == [stop]
 
 
 def test_options_of_build_are_passed_on(codellama: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

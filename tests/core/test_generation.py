@@ -461,9 +461,10 @@ def test_results_have_the_published_shapes(tiny_llama: Llama) -> None:
     assert set(told) == {"generation", "finish_reason", "tokens", "logprobs"}
     assert told["generation"] == plain["generation"]
     assert echo["generation"] == "x" + plain["generation"]
-    assert echo["tokens"] == ["<s>", "▁x", *told["tokens"]]
+    before = [tiny_llama.tokenizer.sp_model.id_to_piece(i) for i in ids_of(tiny_llama, "x")]
+    assert echo["tokens"] == before + told["tokens"]
     assert echo["logprobs"][0] is None
-    assert echo["logprobs"][2:] == told["logprobs"]
+    assert echo["logprobs"][len(before) :] == told["logprobs"]
     (filled,) = tiny_llama.text_infilling(["x"], ["y"], 0.0, 0.9, 3, True, True)
     assert set(filled) == {"generation", "finish_reason", "tokens", "logprobs", "full_text"}
     assert filled["full_text"] == "x" + filled["generation"] + "y"
@@ -723,3 +724,13 @@ def test_process_state_is_left_alone(tiny_checkpoint: Path, capfd: pytest.Captur
     llama.text_completion(PROMPTS, 1.0, logprobs=True, echo=True, max_gen_len=5)
     assert state() == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_d13_one_text_in_place_of_a_list_is_refused(tiny_llama: Llama) -> None:
+    """A text is a sequence of texts to Python: each letter would be answered."""
+    for ask in (
+        lambda: tiny_llama.text_completion("def f():"),
+        lambda: tiny_llama.text_infilling("def f():", "return"),
+    ):
+        with pytest.raises(ValueError, match="list"):
+            ask()
