@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md"]},
+    package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md", "train/packages.tsv"]},
     install_requires=[
         "torch>=2.6,<2.14",
         "sentencepiece>=0.2",
@@ -32,7 +32,6 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["codellama=llama.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

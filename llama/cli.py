@@ -30,7 +30,10 @@ from llama.prompts import Message, dialog, infilling
 FILL = "<FILL>"
 PATHS = {"ckpt_dir": str, "tokenizer_path": str}  # fire would read 1e3 as a number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROOMS = {"train": ("llama.train.cli", "Trains a small checkpoint.")}
+ROOMS = {
+    "train": ("llama.train.cli", "Trains a small checkpoint."),
+    "evals": ("llama.evals.cli", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
+}
 """Verbs of the rooms, the modules whose `COMMANDS` they run, and what these do. A room is imported when asked for."""
 
 
