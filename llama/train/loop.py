@@ -2,7 +2,9 @@
 
 Which rows a step trains on follows from the step's number and the seed, and the state on disk holds the weights and
 the optimizer's moments; so a run that is continued goes the way that it would have gone. Weights are float32, and
-matrices are multiplied in bfloat16. The log is a CSV file that anything can plot.
+matrices are multiplied in bfloat16. Several processes, as torchrun starts them, share the rows of each step and add up
+their gradients: every token weighs the same wherever it was counted, so their number changes nothing but the time. The
+log is a CSV file that anything can plot.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -31,13 +34,14 @@ from llama.train.sequences import PADDING, Rows
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. `minutes_between_saves` apart, the same numbers and data give the same model."""
+    """How to train. The same numbers and data give the same model, whatever `rows_at_once` (but for the order of
+    sums) and `minutes_between_saves` are."""
 
     steps: int
     rows_per_step: int = 8
     rows_at_once: int = 2  # of those, in one forward: what fits a CPU's cache is fastest
     peak_lr: float = 2e-3
-    final_lr: float = 1 / 30  # as a part of peak_lr, as in Code Llama
+    final_lr: float = 1 / 30  # as a part of peak_lr, as in Code Llama; 1 for a constant rate
     warmup_steps: int = 100
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
@@ -52,6 +56,41 @@ class TrainingConfig:
             return self.peak_lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
         return self.peak_lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * min(done, 1))) / 2)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that train one model together, each with all of its weights; by default, this one alone."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    """This process's, where its model is."""
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of some rows; it may be empty."""
+        return rows[self.rank :: self.count]
+
+    def add_(self, *tensors: Tensor) -> None:
+        """Replaces each tensor by its sum over the processes, which takes one message for all of them."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def wait(self) -> None:
+        """Returns when all have come here."""
+        self.add_(torch.zeros((), device=self.device))
+
+
+ALONE = Workers()
 
 
 @dataclass(frozen=True)
@@ -76,11 +115,11 @@ class Entry:
     bits_per_byte: float | None = None
 
 
-def train(model: nn.Module, data: Data, config: TrainingConfig, folder: Path) -> list[Entry]:
+def train(model: nn.Module, data: Data, config: TrainingConfig, folder: Path, workers: Workers = ALONE) -> list[Entry]:
     """Trains in place to the last step, or from where `folder` says that an earlier call stopped; returns the log.
 
     `folder` gets state.pt and log.csv. SIGINT and SIGTERM end it after the step at hand, with the state saved: the
-    log is then shorter than `config.steps`.
+    log is then shorter than `config.steps`. A run may be continued by another number of workers.
     """
     optimizer = torch.optim.AdamW(decay_matrices(model, config.weight_decay), lr=config.peak_lr, betas=config.betas)
     log = resume(model, optimizer, folder, config)
@@ -88,62 +127,92 @@ def train(model: nn.Module, data: Data, config: TrainingConfig, folder: Path) ->
     saved = started = time.monotonic()
     with (
         ending_on_signals() as ended,
-        tqdm(total=config.steps, initial=len(log), unit="step", mininterval=5) as progress,
+        tqdm(total=config.steps, initial=len(log), unit="step", mininterval=5, disable=not workers.lead) as progress,
     ):
-        while len(log) < config.steps and not ended.is_set():
+        while len(log) < config.steps and not _any(workers, ended):
             step = len(log)
             batch = take_rows(data.rows, step, config)
-            loss = train_step(model, optimizer, batch, config.lr(step), config)
+            loss = train_step(model, optimizer, batch, config.lr(step), config, workers)
             tokens += int((batch != PADDING).sum())
             entry = Entry(step + 1, tokens, loss, config.lr(step), 0.0)
             if entry.step % config.steps_between_evaluations == 0 or entry.step == config.steps:
-                entry.held_out_loss, entry.bits_per_byte = evaluate(model, data, config.rows_at_once)
+                entry.held_out_loss, entry.bits_per_byte = evaluate(model, data, config.rows_at_once, workers=workers)
             now = time.monotonic()
             entry.seconds = round(spent + now - started, 1)
             log.append(entry)
             progress.set_postfix_str(_describe(log), refresh=False)
             progress.update()
-            if now - saved > 60 * config.minutes_between_saves:
+            if workers.lead and now - saved > 60 * config.minutes_between_saves:
                 save(model, optimizer, log, folder, config)
                 saved = now
-    save(model, optimizer, log, folder, config)
+    if workers.lead:
+        save(model, optimizer, log, folder, config)
     return log
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float, config: TrainingConfig
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    lr: float,
+    config: TrainingConfig,
+    workers: Workers = ALONE,
 ) -> float:
-    """One update from `batch` (rows, length), in parts of `rows_at_once`; returns the mean loss of its tokens."""
-    count = int((batch[:, 1:] != PADDING).sum())
-    total = 0.0
-    for part in torch.split(batch, config.rows_at_once):
-        loss = summed_loss(model, part) / count
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    """One update from `batch` (rows, length), this worker's rows in parts of `rows_at_once`.
+
+    Every worker passes the whole batch and returns the mean loss of its tokens.
+    """
+    # Of the whole batch: divided by it, the workers' gradients need only be added up.
+    count = int((targets(batch) != PADDING).sum())
+    total = torch.zeros((), device=workers.device)
+    for part in torch.split(workers.share(batch).to(workers.device), config.rows_at_once):
+        if len(part):
+            loss = summed_loss(model, part) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if workers.count > 1:
+        for parameter in parameters:
+            if parameter.grad is None:  # of a worker without a row
+                parameter.grad = torch.zeros_like(parameter)
+        workers.add_(total, *(parameter.grad for parameter in parameters if parameter.grad is not None))
+    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return total.item()
+
+
+def targets(rows: Tensor) -> Tensor:
+    """What each token but a row's last is followed by, with PADDING where nothing is to be learned from it."""
+    return rows[:, 1:].clamp(min=PADDING)
 
 
 def summed_loss(model: nn.Module, rows: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Cross-entropy of every token but a row's first, summed, with matrices multiplied in `dtype`; padding is free."""
+    """Cross-entropy of every target of `rows`, summed, with matrices multiplied in `dtype`."""
     with torch.autocast(rows.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(rows[:, :-1])  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=PADDING, reduction="sum")
+        logits = model(torch.where(rows < 0, ~rows, rows)[:, :-1])  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets(rows).flatten(), ignore_index=PADDING, reduction="sum")
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Data, rows_at_once: int, dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    data: Data,
+    rows_at_once: int,
+    dtype: torch.dtype = torch.bfloat16,
+    workers: Workers = ALONE,
 ) -> tuple[float, float]:
     """The held-out loss, and the bits it takes to write a byte of the held-out text."""
     rows = torch.from_numpy(data.held_out.astype(np.int64))
-    nats = sum(summed_loss(model, part, dtype).item() for part in torch.split(rows, rows_at_once))
-    count = int((rows[:, 1:] != PADDING).sum())
-    return nats / count, nats / math.log(2) / data.held_out_bytes
+    nats = torch.zeros((), device=workers.device, dtype=torch.float32)
+    for part in torch.split(workers.share(rows).to(workers.device), rows_at_once):
+        if len(part):
+            nats += summed_loss(model, part, dtype)
+    workers.add_(nats)
+    count = int((targets(rows) != PADDING).sum())
+    return nats.item() / count, nats.item() / math.log(2) / data.held_out_bytes
 
 
 def take_rows(rows: Rows, step: int, config: TrainingConfig) -> Tensor:
@@ -155,6 +224,13 @@ def take_rows(rows: Rows, step: int, config: TrainingConfig) -> Tensor:
     }
     chosen = [orders[place // len(rows)][place % len(rows)] for place in wanted.tolist()]
     return torch.from_numpy(rows[chosen].astype(np.int64))
+
+
+def _any(workers: Workers, ended: threading.Event) -> bool:
+    """Whether a worker was told to end. All must leave after the same step, or one would wait for the others."""
+    flag = torch.tensor(float(ended.is_set()), device=workers.device)
+    workers.add_(flag)
+    return bool(flag)
 
 
 def decay_matrices(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -188,8 +264,9 @@ def resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, con
     """Loads the state in `folder` if there is one; returns its log. Raises ValueError if it is another run's."""
     if not (folder / "state.pt").exists():
         return []
-    state = torch.load(folder / "state.pt", weights_only=True)
-    if state["config"] != asdict(config):
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    free = {"rows_at_once": config.rows_at_once, "minutes_between_saves": config.minutes_between_saves}
+    if {**state["config"], **free} != asdict(config):
         raise ValueError(
             f"{folder} holds a run with {state['config']}, not {asdict(config)}: continue that, or use another folder"
         )

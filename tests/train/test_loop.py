@@ -7,16 +7,32 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from llama import parallel
 from llama.config import ModelArgs
 from llama.model import Transformer
-from llama.train.loop import Data, Entry, TrainingConfig, decay_matrices, evaluate, take_rows, train, train_step
+from llama.train.loop import (
+    Data,
+    Entry,
+    TrainingConfig,
+    Workers,
+    decay_matrices,
+    evaluate,
+    summed_loss,
+    take_rows,
+    targets,
+    train,
+    train_step,
+)
 from llama.train.sequences import PADDING, Rows
+from parallel.ranks import on_ranks
 
 CONFIG = TrainingConfig(steps=8, rows_per_step=4, rows_at_once=2, warmup_steps=2, steps_between_evaluations=4)
 
@@ -28,7 +44,7 @@ def make_model(tiny: ModelArgs) -> Transformer:
 
 def make_rows(count: int, length: int = 12) -> Rows:
     """Counting up from anywhere: easy to learn. Every third row ends in padding."""
-    rows = (np.random.default_rng(0).integers(1, 60, count)[:, None] + np.arange(length)).astype(np.uint16)
+    rows = (np.random.default_rng(0).integers(1, 60, count)[:, None] + np.arange(length)).astype(np.int16)
     rows[::3, -4:] = PADDING
     return rows
 
@@ -105,6 +121,11 @@ def test_it_learns(tiny: ModelArgs, data: Data, tmp_path: Path) -> None:
     assert log[-1].held_out_loss < 1
 
 
+def test_learning_rate_can_be_constant() -> None:
+    config = TrainingConfig(steps=50, peak_lr=3.0, warmup_steps=2, final_lr=1.0)
+    assert [config.lr(step) for step in range(50)] == [1.5, *[3.0] * 49]
+
+
 def test_learning_rate_warms_up_and_falls_to_a_thirtieth() -> None:
     config = TrainingConfig(steps=101, peak_lr=3.0, warmup_steps=10)
     rates = [config.lr(step) for step in range(101)]
@@ -116,7 +137,7 @@ def test_learning_rate_warms_up_and_falls_to_a_thirtieth() -> None:
 
 
 def test_every_row_comes_once_before_any_comes_again() -> None:
-    rows = np.arange(10, dtype=np.uint16)[:, None]
+    rows = np.arange(10, dtype=np.int16)[:, None]
     config = TrainingConfig(steps=1, rows_per_step=4)
     seen = torch.cat([take_rows(rows, step, config) for step in range(5)]).flatten().tolist()
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
@@ -165,7 +186,99 @@ class Uniform(nn.Module):
 
 
 def test_bits_per_byte_count_what_is_predicted_and_no_padding() -> None:
-    rows = np.array([[1, 2, 3, 4], [1, 5, PADDING, PADDING]], dtype=np.uint16)
+    rows = np.array([[1, 2, 3, 4], [1, 5, PADDING, PADDING]], dtype=np.int16)
     loss, bits_per_byte = evaluate(Uniform(), Data(rows, rows, held_out_bytes=12), rows_at_once=1)
     assert loss == pytest.approx(math.log(64))
     assert bits_per_byte == pytest.approx(4 * 6 / 12)  # four tokens of six bits for twelve bytes
+
+
+class Recorder(nn.Module):
+    """Finds all of 64 tokens equally likely, and remembers what it read."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.read = tokens
+        return torch.zeros(*tokens.shape, 64)
+
+
+def test_what_is_not_to_be_learned_is_read_and_costs_nothing() -> None:
+    rows = torch.tensor([[~1, ~7, ~8, 9, 2, PADDING], [1, 5, 6, 2, PADDING, PADDING]])
+    assert targets(rows).tolist() == [[0, 0, 9, 2, 0], [5, 6, 2, 0, 0]]
+    model = Recorder()
+    assert summed_loss(model, rows).item() == pytest.approx(5 * math.log(64))
+    assert model.read.tolist() == [[1, 7, 8, 9, 2], [1, 5, 6, 2, 0]]
+
+
+def test_a_question_that_is_not_learned_still_shapes_the_answer(tiny: ModelArgs) -> None:
+    """The gradient of a row is that of its answer's targets alone, written out."""
+    model = make_model(tiny).double()
+    row = torch.tensor([[1, 7, 8, 9, 11, 2]])
+    summed_loss(model, torch.where(torch.arange(6) < 3, ~row, row), torch.float32).backward()
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    logprobs = model(row[:, :-1]).log_softmax(-1)
+    (-logprobs[0, [2, 3, 4], [9, 11, 2]].sum()).backward()
+    for mine, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_goes_on_with_other_parts_of_a_step(tiny: ModelArgs, data: Data, tmp_path: Path) -> None:
+    """How many rows are computed at once is the machine's business, not the run's."""
+    log = train(make_model(tiny), data, CONFIG, tmp_path)
+    assert len(train(make_model(tiny), data, replace(CONFIG, rows_at_once=4), tmp_path)) == len(log)
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def _train_together(
+    init_method: str, folder: str, args: dict[str, Any], steps: int
+) -> list[tuple[float, float | None]]:
+    ranks = parallel.start(1, device="cpu", init_method=init_method)
+    workers = Workers(dist.get_rank(), dist.get_world_size(), ranks.device)
+    model = make_model(ModelArgs(**args))
+    if steps < TOGETHER.steps and workers.rank == 1:  # one of them is told to end, within its last step
+        count = 0
+
+        def interrupt(*_: object) -> None:
+            nonlocal count
+            count += 1
+            if count == steps:
+                signal.raise_signal(signal.SIGINT)
+
+        model.register_forward_hook(interrupt)
+    log = train(model, Data(make_rows(31), make_rows(5), 200), TOGETHER, Path(folder), workers)
+    return [(entry.loss, entry.held_out_loss) for entry in log]
+
+
+TOGETHER = replace(CONFIG, rows_per_step=5, rows_at_once=5)
+
+
+def figures(log: list[Entry]) -> list[float]:
+    return [value for entry in log for value in (entry.loss, entry.held_out_loss or 0.0)]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_processes_that_share_the_rows_train_as_one(count: int, tiny: ModelArgs, tmp_path: Path) -> None:
+    """Five rows a step, a third of them padded, on two ranks; and on six, one of which never has a row."""
+    alone = train(make_model(tiny), Data(make_rows(31), make_rows(5), 200), TOGETHER, tmp_path / "alone")
+    logs = on_ranks(_train_together, count, str(tmp_path / "shared"), vars(tiny), TOGETHER.steps)
+    assert len(logs) == count
+    for log in logs:
+        assert log == logs[0]
+        flat = [value for loss, held_out in log for value in (loss, held_out or 0.0)]
+        assert flat == pytest.approx(figures(alone), rel=2e-3)  # sums in another order, in bfloat16
+    one, all_of_them = (torch.load(tmp_path / name / "state.pt")["model"] for name in ("alone", "shared"))
+    moved = make_model(tiny).state_dict()
+    for name, weight in one.items():
+        assert (weight - all_of_them[name]).norm() < 0.1 * (weight - moved[name]).norm()
+
+
+def test_a_run_of_two_processes_is_continued_by_one(tiny: ModelArgs, tmp_path: Path) -> None:
+    """One of the two is interrupted; both stop after the same step, and neither waits for the other."""
+    data = Data(make_rows(31), make_rows(5), 200)
+    alone = train(make_model(tiny), data, TOGETHER, tmp_path / "alone")
+    logs = on_ranks(_train_together, 2, str(tmp_path / "parts"), vars(tiny), 3)
+    assert [len(log) for log in logs] == [3, 3]
+    log = train(make_model(tiny), data, TOGETHER, tmp_path / "parts")
+    assert len(log) == TOGETHER.steps
+    assert figures(log) == pytest.approx(figures(alone), rel=2e-3)
