@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from llama.config import ModelArgs
 from llama.model import Transformer
+from llama.train import attention
 from llama.train.attention import causal_attention
 
 
-def test_written_out_attention_is_the_models_own(tiny: ModelArgs) -> None:
+@pytest.mark.parametrize("block", [1, 5, 17, 256])
+def test_written_out_attention_is_the_models_own(block: int, tiny: ModelArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
     models = Transformer(tiny), Transformer(tiny)
     models[1].load_state_dict(models[0].state_dict())
     for layer in models[1].layers:
