@@ -7,8 +7,18 @@ from setuptools import find_packages, setup
 EXTRAS = {
     # Training a checkpoint: the tokenizer's model file is edited through its protocol buffer.
     "train": ["protobuf>=4"],
+    # The picture of a training run.
+    "plot": ["matplotlib>=3.8"],
     # Tests: independent implementations to compare with, and what .ci/run checks with.
-    "test": ["protobuf>=4", "pytest>=8", "hypothesis>=6", "transformers>=5,<6", "ruff>=0.9", "mypy>=1.18"],
+    "test": [
+        "protobuf>=4",
+        "matplotlib>=3.8",
+        "pytest>=8",
+        "hypothesis>=6",
+        "transformers>=5,<6",
+        "ruff>=0.9",
+        "mypy>=1.18",
+    ],
 }
 
 setup(

@@ -1,77 +1,101 @@
-"""The model card: what a checkpoint is, with the figures that its run measured and no others."""
+"""The model card: what a checkpoint is, with the figures that its stages measured and no others."""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
 
-from llama.config import ModelArgs
 from llama.train.atomic import replacing
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a run measured. `loss` and `bits_per_byte` are of the held-out files and the checkpoint as written."""
-
-    python: str
-    files: int
-    text_bytes: int
-    held_out_files: int
-    held_out_bytes: int
-    parameters: int
-    steps: int
-    tokens: int
-    tokens_a_pass: int
-    minutes: float
-    loss: float
-    bits_per_byte: float
-
+from llama.train.collection import TOTALS
+from llama.train.stages import STAGES, Result, Run
 
 _CARD = """\
-# The embedded checkpoint
+# A small Code Llama
 
-A Code Llama small enough to live in a repository and to answer on any CPU: for trying the library, for its tests, and
-for experiments that a laptop can repeat. It writes what looks like Python. It does not program.
+Small enough to live in a repository and to answer on any CPU: for trying the library, for its tests, and for
+experiments that a laptop can repeat. It writes what looks like Python. It does not program.
 
 | | |
 |---|---|
 | architecture | Llama: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads ({args.n_kv_heads} for keys and \
 values), SwiGLU {args.hidden_dim}, RoPE theta {args.rope_theta:g} |
-| parameters | {parameters:,}, in bfloat16 |
-| context | {args.max_seq_len} tokens |
+| parameters | {last.parameters:,}, in bfloat16 |
+| context | trained on up to {context} tokens |
 | vocabulary | {args.vocab_size} SentencePiece pieces, the 16 infilling pieces included |
-| jobs | completion, infilling (PSM and SPM), `[INST]` dialogs |
+| jobs | completion, infilling (PSM and SPM){dialogs} |
 
 ## Training
-The standard library of CPython {python}, Python files only: {files} files, {text_bytes:,} bytes of text, of which
-test suites are at most 15 %. Documents are pieces of files and single functions. Half of them had a gap to fill in
-(Code Llama's infilling stage: 90 %), half of these in suffix-prefix-middle order; a tenth of the sequences are dialogs
-made from a function and the first sentence of its docstring. In one stage: {tokens:,} tokens in {steps:,} steps and
-{minutes:.0f} minutes on a CPU, where the corpus, encoded once with all its forms, is {tokens_a_pass:,} tokens.
+On {corpus}, Python files only, in {minutes:.0f} minutes of training. A document with a gap has its middle moved to its
+end, half of them in suffix-prefix-middle order; keys are numbers hidden among functions and asked for at the end;
+dialogs ask for code by its docstring, head or comment, and only their answers are learned. Tokens are counted as often
+as they were read.
 
-## Measured
-On {held_out_files} files of the standard library that were held out ({held_out_bytes:,} bytes, chosen by a hash of
-their path), cut into documents of up to {args.max_seq_len} tokens, by the checkpoint as it lies here, in float32:
-**{loss:.3f}** nats a token, **{bits_per_byte:.3f}** bits a byte.
+| stage | tokens | steps | minutes | length | theta | with a gap | keys | dialogs | held-out loss | bits a byte |
+|---|---|---|---|---|---|---|---|---|---|---|
+{stages}
+
+The last two are of held-out files, cut into documents of up to the stage's length, by the stage's checkpoint as it was
+written, in float32: nats a token, and bits for each byte of text.
 
 ## Make it again
 ```
-python -m llama.train --out llama/assets/tiny --steps {steps}
+{commands}
 ```
 The same Python version has the same corpus, tokenizer and rows of tokens; sums in another order (other threads, another
 processor) make the weights differ in their last digits, and in time in more.
 
 ## What it can't do
-Solve a problem, call a library correctly from memory, or answer questions in words: {parameters:,} parameters hold the
-look of Python, not its meaning. It knows no language but Python, nothing beyond {args.max_seq_len} tokens, and may
-repeat passages of the standard library word for word. Don't run what it writes.
+Solve a problem, call a library correctly from memory, or answer questions in words: {last.parameters:,} parameters hold
+the look of Python, not its meaning. It knows no language but Python, and may repeat passages of what it was trained on
+word for word. Don't run what it writes.
 
 ## Licence
-The weights and the tokenizer are part of this project and under its licence. They were made from the source code of
-CPython, which is under the PSF License Agreement (Copyright Python Software Foundation, all rights reserved).
+The weights and the tokenizer are part of this project and under its licence. They were made from source code under the
+licences of its authors:
+
+| package | version | licence | bytes |
+|---|---|---|---|
+{packages}
 """
 
 
-def write_card(path: str | os.PathLike[str], args: ModelArgs, figures: Figures) -> None:
+def write_card(path: str | os.PathLike[str], run: Run, results: list[Result]) -> None:
+    """Writes the card of the last of `results`, the stages that led to it, in order."""
+    last = results[-1]
+    corpus = "the standard library" if run.corpus is None else "permissively licensed packages and the standard library"
+    option = "" if run.corpus is None else " --corpus CORPUS"
+    text = _CARD.format(
+        args=run.args(STAGES[last.stage]),
+        last=last,
+        context=max(result.length for result in results),
+        dialogs=", `[INST]` dialogs" if any(STAGES[result.stage].mixture.dialogs for result in results) else "",
+        corpus=corpus,
+        minutes=sum(result.minutes for result in results),
+        stages="\n".join(_stage(result) for result in results),
+        commands="\n".join(
+            f"codellama train {r.stage} --out OUT{option} --seed {run.seed} --steps {r.steps}" for r in results
+        ),
+        packages="\n".join(_packages(run)),
+    )
     with replacing(path) as temporary:
-        temporary.write_text(_CARD.format(args=args, **vars(figures)), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _stage(result: Result) -> str:
+    mixture = STAGES[result.stage].mixture
+    return (
+        f"| {result.stage} | {result.tokens:,} | {result.steps:,} | {result.minutes:.1f} | {result.length} | "
+        f"{result.rope_theta:g} | {mixture.infilling:.0%} | {mixture.keys:.0%} | {mixture.dialogs:.0%} | "
+        f"**{result.loss:.3f}** | **{result.bits_per_byte:.3f}** |"
+    )
+
+
+def _packages(run: Run) -> Iterator[str]:
+    if run.corpus is None:
+        yield f"| {run.made_of} | | PSF-2.0 | |"
+        return
+    for name, fact in json.loads(Path(run.corpus, TOTALS).read_text(encoding="utf-8"))["packages"].items():
+        if fact["split"] == "train":
+            yield f"| {name} | {fact['version']} | {fact['licence']} | {fact['bytes']:,} |"

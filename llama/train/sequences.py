@@ -1,15 +1,14 @@
-"""From documents to the array a model trains on: each document a token sequence, and rows of a few whole sequences.
+"""From documents to rows: each document a token sequence, each row a few whole sequences.
 
 No sequence is cut by the end of a row: half a document with its middle moved would teach nothing. So documents are
-cut to fit beforehand, and sequences are laid into rows largest first, each where it leaves the least room. The
-array lies on disk as 16-bit ids and is read through a memory map; it follows from corpus, tokenizer and a seed.
+cut to fit beforehand, and sequences are laid into rows largest first, each where it leaves the least room. What a
+model reads and is not to learn, as the question of a dialog, is an id with all its bits turned over: negative.
 """
 
 from __future__ import annotations
 
-import os
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,60 +16,84 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama.tokenizer import Tokenizer
-from llama.train.atomic import replacing
 from llama.train.corpus import Source
-from llama.train.documents import Document, cut, dialog, functions
+from llama.train.documents import Document, Turn, cut, functions, turns, with_keys
 from llama.train.infilling import prefix_first, split, suffix_first
 
-Rows = NDArray[np.uint16]
+Rows = NDArray[np.int16]
 PADDING = 0
 """Fills a row that no sequence fits any more; it is unk, which byte fallback never produces, and counts for no loss."""
 _SPARE = 12
 """Tokens that a sequence may have above its document's own: bos, marks, and pieces broken by a cut."""
+_WAITING = 2000
+"""How many documents of a kind wait for their turn: beyond it, the oldest are dropped."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How documents become sequences, as parts of 1."""
+    """How documents become sequences, as parts of 1. What is neither dialog nor key is code, and may have a gap."""
 
-    infilling: float = 0.5  # of the documents. The paper has 0.9: it infills during a second, far longer training
+    infilling: float = 0.9  # of the documents that are code
     suffix_first: float = 0.5  # of those
     functions: float = 0.5  # of all functions, which are documents of their own besides being in their file
-    dialogs: float = 0.1  # of all tokens
+    dialogs: float = 0.0  # of all tokens
+    keys: float = 0.0  # of all tokens
+    answers_only: bool = True  # a dialog's question is read and not learned
+
+    def __post_init__(self) -> None:
+        parts = (self.infilling, self.suffix_first, self.functions, self.dialogs, self.keys, self.dialogs + self.keys)
+        if not all(0 <= part <= 1 for part in parts):
+            raise ValueError(f"{self}: each is a part of 1, and so are dialogs and keys together")
 
 
 def encode_corpus(
     tokenizer: Tokenizer, sources: Iterable[Source], length: int, mixture: Mixture, seed: str
-) -> list[list[int]]:
-    """The sequences of one pass over `sources`, none longer than `length`."""
+) -> Iterator[list[int]]:
+    """The sequences of one pass over `sources`, none longer than `length`, as the mixture has them.
+
+    The kind that is furthest behind its share of the tokens so far goes next, and files are read until there is one;
+    so what the corpus has less of than the mixture asks decides how much of the rest there can be.
+    """
     rng = random.Random(seed)
-    found: list[list[int]] = []
-    talks: list[list[int]] = []
+    shares = {"code": 1 - mixture.dialogs - mixture.keys, "dialogs": mixture.dialogs, "keys": mixture.keys}
+    shares = {kind: part for kind, part in shares.items() if part > 0}
+    spent = dict.fromkeys(shares, 0)
+    code: deque[Document] = deque(maxlen=_WAITING)
+    talks: deque[Turn] = deque(maxlen=_WAITING)
+    pool: deque[str] = deque(maxlen=_WAITING)
+    files = iter(sources)
+    while True:
+        kind = min(shares, key=lambda kind: spent[kind] / shares[kind])
+        if not (talks if kind == "dialogs" else pool if kind == "keys" else code):
+            source = next(files, None)
+            if source is None:
+                return
+            if "code" in shares:
+                code.extend(cut_source(tokenizer, source, length))
+            if "dialogs" in shares:
+                found = list(turns(source.text, rng))
+                talks.extend(rng.sample(found, len(found)))  # or a full queue would keep the ends of files
+            for function in functions(source.text):
+                if "code" in shares and rng.random() < mixture.functions:
+                    code.append(Document(function.code, ends=True))
+                pool.append(function.code)
+            continue
+        if kind == "dialogs":
+            sequence = encode_turn(tokenizer, talks.popleft(), mixture.answers_only)
+        elif kind == "keys":
+            sequence = _encode_keys(tokenizer, pool, length, rng)
+        else:
+            sequence = encode_document(tokenizer, code.popleft(), length, mixture, rng)
+        if len(sequence) <= length:
+            spent[kind] += len(sequence)
+            yield sequence
+
+
+def encode_plain(tokenizer: Tokenizer, sources: Iterable[Source], length: int) -> Iterator[tuple[list[int], int]]:
+    """All of `sources` once, as plain documents: what held-out loss is measured on. With each its bytes of text."""
     for source in sources:
         for document in cut_source(tokenizer, source, length):
-            found.append(encode_document(tokenizer, document, length, mixture, rng))
-        for function in functions(source.text):
-            if rng.random() < mixture.functions:
-                found.append(encode_document(tokenizer, Document(function.code, ends=True), length, mixture, rng))
-            if talk := dialog(function, rng):
-                talks.append(tokenizer.encode(talk, bos=True, eos=True))
-    rng.shuffle(talks)
-    wanted = mixture.dialogs / (1 - mixture.dialogs) * sum(len(sequence) for sequence in found)
-    for talk_ids in talks:
-        if wanted <= 0:
-            break
-        wanted -= len(talk_ids)
-        found.append(talk_ids)
-    return [sequence for sequence in found if len(sequence) <= length]
-
-
-def encode_plain(tokenizer: Tokenizer, sources: Iterable[Source], length: int) -> list[list[int]]:
-    """All of `sources` once, as plain documents: what held-out loss is measured on."""
-    return [
-        tokenizer.encode(document.text, bos=True, eos=document.ends)
-        for source in sources
-        for document in cut_source(tokenizer, source, length)
-    ]
+            yield tokenizer.encode(document.text, bos=True, eos=document.ends), len(document.text.encode())
 
 
 def cut_source(tokenizer: Tokenizer, source: Source, length: int) -> Iterator[Document]:
@@ -90,6 +113,21 @@ def encode_document(
     return tokenizer.encode(document.text, bos=True, eos=document.ends)
 
 
+def encode_turn(tokenizer: Tokenizer, turn: Turn, answers_only: bool) -> list[int]:
+    """A finished turn, its question's ids turned over if only the answer is to be learned."""
+    whole = tokenizer.encode(turn.text, bos=True, eos=True)
+    asked = tokenizer.encode(turn.question, bos=True, eos=False)
+    assert whole[: len(asked)] == asked, "no piece reaches over the space after a tag"
+    return [~token for token in asked] + whole[len(asked) :] if answers_only else whole
+
+
+def _encode_keys(tokenizer: Tokenizer, pool: deque[str], length: int, rng: random.Random) -> list[int]:
+    document = with_keys(pool, length - _SPARE, lambda text: len(tokenizer.encode_infilling(text)), rng)
+    if document is None:
+        raise ValueError(f"rows of {length} tokens have no room for a key; make them longer, or leave keys at 0")
+    return tokenizer.encode(document.text, bos=True, eos=True)
+
+
 def pack(sequences: Iterable[list[int]], length: int, seed: str) -> Rows:
     """Lays whole sequences into rows (N, length), padded at the end, in random order."""
     rng = random.Random(seed)
@@ -103,19 +141,9 @@ def pack(sequences: Iterable[list[int]], length: int, seed: str) -> Rows:
         by_room[(length if room is None else room) - len(sequence)].append(row)
     filled = [row for rows in by_room.values() for row in rows]
     rng.shuffle(filled)
-    packed = np.full((len(filled), length), PADDING, dtype=np.uint16)
+    packed = np.full((len(filled), length), PADDING, dtype=np.int16)
     for target, row in zip(packed, filled, strict=True):
         rng.shuffle(row)  # or every row would begin with its longest sequence
         ids = [token for sequence in row for token in sequence]
         target[: len(ids)] = ids
     return packed
-
-
-def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows)
-
-
-def read_rows(path: str | os.PathLike[str]) -> Rows:
-    rows: Rows = np.load(path, mmap_mode="r")
-    return rows

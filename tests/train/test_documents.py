@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import ast
 import random
+import re
 
 import pytest
 
 from fixtures_text import training_texts
 from llama.prompts import dialog as dialog_prompt
 from llama.tokenizer import Tokenizer
-from llama.train.documents import Function, cut, dialog, functions, third_person
+from llama.train.documents import (
+    Function,
+    ask_for_function,
+    commented,
+    cut,
+    functions,
+    third_person,
+    turns,
+    with_keys,
+)
 
 FILE = '''\
 """A module."""
@@ -144,22 +154,45 @@ def test_a_docstring_becomes_a_request(summary: str, expected: str | None) -> No
     assert third_person(summary) == expected
 
 
+CODE = 'def f(self, x, n=2):\n    """Return x."""\n    y = x\n    return y\n'
+ASKED = Function("f", "Return x.", CODE, 'def f(self, x, n=2):\n    """Return x."""\n', "x, n")
+
+
 def test_a_dialog_is_what_a_prompt_shows_of_a_finished_turn(tokenizer: Tokenizer) -> None:
     """Trained and asked must be the same ids: those of prompts.dialog when the conversation goes on."""
-    code = 'def f(x):\n    """Return x."""\n    return x\n'
-    seen = set()
-    for seed in range(100):
-        text = dialog(Function("f", "Return x.", code), random.Random(seed))
-        assert text is not None
-        question = text.removeprefix("[INST] ").split(" [/INST]")[0]
-        system, _, request = question.rpartition("\n<</SYS>>\n\n")
-        head = [{"role": "system", "content": system.removeprefix("<<SYS>>\n")}] if system else []
-        turns = [("user", request), ("assistant", code), ("user", "Thanks")]
+    questions, systems = set(), set()
+    for seed in range(300):
+        turn = ask_for_function(ASKED, random.Random(seed))
+        assert turn is not None
+        head = [{"role": "system", "content": turn.system}] if turn.system else []
+        turns = [("user", turn.request), ("assistant", turn.answer), ("user", "Thanks")]
         messages = head + [{"role": role, "content": content} for role, content in turns]
-        ids = tokenizer.encode(text, bos=True, eos=True)
+        ids = tokenizer.encode(turn.text, bos=True, eos=True)
         assert dialog_prompt(tokenizer, messages).tokens[: len(ids)] == ids  # type: ignore[arg-type]
-        seen.add(question)
-    assert len(seen) == 6  # three ways to ask, with and without a system message
+        ids = tokenizer.encode(turn.question, bos=True, eos=False)
+        assert dialog_prompt(tokenizer, messages[: len(head) + 1]).tokens == ids  # type: ignore[arg-type]
+        assert turn.answer == CODE.strip()
+        questions.add(turn.request)
+        systems.add(turn.system)
+    assert {
+        "Write a Python function `f` that returns x.",
+        "Write a function `f(x, n)` that returns x.",
+        'Complete this function:\ndef f(self, x, n=2):\n    """Return x."""',
+        "Implement `f(x, n)` in Python.",
+    } <= questions
+    assert len(questions) == 7
+    assert len(systems) == 4  # one of them is none
+
+
+def test_functions_know_their_head_and_parameters() -> None:
+    (found,) = functions("class A:\n    @staticmethod\n    " + CODE.replace("\n", "\n    ").rstrip() + "\n")
+    assert (found.code, found.head, found.parameters) == (CODE, ASKED.head, "x, n")
+    (short,) = functions("def f(x): return x\n")
+    assert short.head == ""
+    for function in functions("\n".join(training_texts())):
+        assert function.code.startswith(function.head)
+        if function.head.strip():
+            ast.parse(function.head + "    pass\n")
 
 
 @pytest.mark.parametrize(
@@ -171,4 +204,72 @@ def test_a_dialog_is_what_a_prompt_shows_of_a_finished_turn(tokenizer: Tokenizer
     ],
 )
 def test_no_dialog_about_what_nobody_asks_for(function: Function) -> None:
-    assert dialog(function, random.Random(0)) is None
+    assert ask_for_function(function, random.Random(0)) is None
+
+
+def test_a_comment_asks_for_the_lines_below_it() -> None:
+    text = """
+def f(x):
+    # Find out who
+    # is the first.
+    first = x[0]
+    if first:
+        return first
+
+    # Then the rest of them.
+    only = 1
+    # TODO: do this some other day
+    a = 1
+    b = 2
+    # It ends within a bracket below
+    c = (
+    d
+# The block is left by a dedent.
+    e = 1
+    g = 2
+h = 3
+"""
+    expected = "first = x[0]\nif first:\n    return first\n"
+    assert list(commented(text)) == [("Find out who is the first.", expected)]
+
+
+def test_every_turn_of_real_files_has_an_answer_that_parses() -> None:
+    found = [turn for text in training_texts() for turn in turns(text, random.Random(0))]
+    assert len(found) > 20
+    assert any("comment" in turn.request for turn in found)
+    for turn in found:
+        ast.parse(turn.answer)
+
+
+@pytest.mark.parametrize("room", [80, 200, 1000])
+def test_a_text_with_keys_can_be_run(room: int) -> None:
+    """Its assertions are true, they are as many as the keys, and it fills its room."""
+    pool = [f"def other_{n}(x):\n    return x + {n}\n" for n in range(50)]
+    many = set()
+    for seed in range(40):
+        document = with_keys(pool, room, lambda text: len(text.split()), random.Random(seed))
+        assert document is not None
+        assert document.ends
+        assert room - 8 < len(document.text.split()) <= room
+        exec(document.text, {})
+        asked = re.findall(r"^assert (\w+)\(\) == (\d\d)$", document.text, re.MULTILINE)
+        assert document.text.count("is used at the end") == len(asked) == len(dict(asked))
+        assert "my_function" in dict(asked)
+        many.add(len(asked))
+    assert many == {1, 2, 3, 4}
+
+
+def test_a_key_stands_anywhere_in_its_text() -> None:
+    pool = [f"def other_{n}(x):\n    return x + {n}\n" for n in range(50)]
+    depths = []
+    for seed in range(60):
+        document = with_keys(pool, 300, lambda text: len(text.split()), random.Random(seed))
+        assert document is not None
+        depths.append(document.text.index("def my_function") / len(document.text))
+    assert min(depths) < 0.1
+    assert max(depths) > 0.8
+    assert 0.35 < sum(depths) / len(depths) < 0.6
+
+
+def test_no_text_where_no_key_fits() -> None:
+    assert with_keys(["def f(): ...\n"], 10, lambda text: len(text.split()), random.Random(0)) is None

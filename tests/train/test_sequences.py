@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +22,10 @@ from llama.train.sequences import (
     encode_document,
     encode_plain,
     pack,
-    read_rows,
-    write_rows,
 )
 
 LENGTH = 129
+EVERYTHING = Mixture(dialogs=0.3, keys=0.2)
 NAMES = ("bisect.py", "heapq.py", "textwrap.py", "shutil.py")
 
 
@@ -37,34 +38,76 @@ def is_gap(tokenizer: Tokenizer, ids: list[int]) -> bool:
     return tokenizer.prefix_id in ids
 
 
-def is_dialog(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    return tokenizer.decode(ids).startswith("[INST]")
+def shown(ids: list[int]) -> list[int]:
+    """The ids a model reads, whether it is to learn them or not."""
+    return [~token if token < 0 else token for token in ids]
+
+
+def kind(tokenizer: Tokenizer, ids: list[int]) -> str:
+    text = tokenizer.decode(shown(ids))
+    return "dialogs" if text.startswith("[INST]") else "keys" if "assert my_function() ==" in text else "code"
 
 
 def test_sequences_fit_their_rows_and_begin_with_bos(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    for ids in encode_corpus(tokenizer, sources, LENGTH, Mixture(), "0"):
+    for ids in map(shown, encode_corpus(tokenizer, sources, LENGTH, EVERYTHING, "0")):
         assert 2 <= len(ids) <= LENGTH
         assert ids.index(tokenizer.bos_id) == 0
         assert ids.count(tokenizer.bos_id) == 1
         assert PADDING not in ids
 
 
-def test_mixture_is_what_was_asked_for(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    def kinds(mixture: Mixture) -> tuple[float, float, float]:
-        found = encode_corpus(tokenizer, sources, LENGTH, mixture, "0")
-        documents = [ids for ids in found if not is_dialog(tokenizer, ids)]
-        gaps = [ids for ids in documents if is_gap(tokenizer, ids)]
-        first = [ids for ids in gaps if ids[2] == tokenizer.suffix_id]
-        return len(gaps) / len(documents), len(first) / max(1, len(gaps)), len(found) - len(documents)
+def test_gaps_are_as_many_as_asked_for(tokenizer: Tokenizer, sources: list[Source]) -> None:
+    def parts(mixture: Mixture) -> tuple[float, float]:
+        found = list(encode_corpus(tokenizer, sources, LENGTH, mixture, "0"))
+        gaps = [ids for ids in found if is_gap(tokenizer, ids)]
+        return len(gaps) / len(found), sum(ids[2] == tokenizer.suffix_id for ids in gaps) / max(1, len(gaps))
 
-    gaps, suffix_first, dialogs = kinds(Mixture())
+    gaps, suffix_first = parts(Mixture(infilling=0.5))
     assert abs(gaps - 0.5) < 0.1
     assert abs(suffix_first - 0.5) < 0.15
-    assert dialogs > 0
-    assert kinds(Mixture(infilling=0, dialogs=0)) == (0, 0, 0)
-    gaps, suffix_first, _ = kinds(Mixture(infilling=1, suffix_first=1))
+    assert parts(Mixture(infilling=0)) == (0, 0)
+    gaps, suffix_first = parts(Mixture(infilling=1, suffix_first=1))
     assert gaps > 0.97  # a document that no longer fits stays whole
     assert suffix_first > 0.97
+
+
+def test_shares_are_of_the_tokens_that_fit(tokenizer: Tokenizer, sources: list[Source]) -> None:
+    """Counted in what comes out, long dialogs having been left out."""
+    for mixture in (EVERYTHING, Mixture(dialogs=0.05), Mixture(keys=0.9)):
+        tokens: Counter[str] = Counter()
+        for ids in encode_corpus(tokenizer, sources, LENGTH, mixture, "0"):
+            tokens[kind(tokenizer, ids)] += len(ids)
+        assert tokens.total() > 5000
+        assert tokens["dialogs"] / tokens.total() == pytest.approx(mixture.dialogs, abs=0.02)
+        assert tokens["keys"] / tokens.total() == pytest.approx(mixture.keys, abs=0.02)
+
+
+def test_of_a_dialog_the_answer_alone_is_learned(tokenizer: Tokenizer, sources: list[Source]) -> None:
+    seen = 0
+    for ids in encode_corpus(tokenizer, sources, LENGTH, EVERYTHING, "0"):
+        learned = [token for token in ids if token >= 0]
+        if kind(tokenizer, ids) != "dialogs":
+            assert learned == ids
+            continue
+        seen += 1
+        assert ids[: len(ids) - len(learned)] == [token for token in ids if token < 0]  # the question is all before
+        assert tokenizer.decode(shown(ids)[: len(ids) - len(learned)]).endswith("[/INST]")
+        assert learned[-1] == tokenizer.eos_id
+        ast.parse(tokenizer.decode(learned).strip())
+    assert seen > 5
+    for ids in encode_corpus(tokenizer, sources, LENGTH, replace(EVERYTHING, answers_only=False), "0"):
+        assert min(ids) > 0
+
+
+def test_a_key_that_fits_in_no_row_is_named(tokenizer: Tokenizer, sources: list[Source]) -> None:
+    with pytest.raises(ValueError, match="rows of 40 tokens have no room for a key"):
+        list(encode_corpus(tokenizer, sources, 40, Mixture(keys=0.5), "0"))
+
+
+@pytest.mark.parametrize("parts", [{"keys": 1.5}, {"infilling": -0.1}, {"keys": 0.6, "dialogs": 0.6}])
+def test_a_mixture_of_more_than_all_is_refused(parts: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="part of 1"):
+        Mixture(**parts)  # type: ignore[arg-type]
 
 
 def test_a_document_that_no_longer_fits_with_a_gap_stays_whole(tokenizer: Tokenizer) -> None:
@@ -76,7 +119,7 @@ def test_a_document_that_no_longer_fits_with_a_gap_stays_whole(tokenizer: Tokeni
 
 
 def test_functions_are_documents_that_end(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    mixture = Mixture(infilling=0, functions=1, dialogs=0)
+    mixture = Mixture(infilling=0, functions=1)
     texts = {
         tokenizer.decode(ids)
         for ids in encode_corpus(tokenizer, sources, LENGTH, mixture, "0")
@@ -84,22 +127,26 @@ def test_functions_are_documents_that_end(tokenizer: Tokenizer, sources: list[So
     }
     assert any(text.startswith("def heappush(heap, item):") and text.endswith("len(heap)-1)\n") for text in texts)
     alone = encode_corpus(tokenizer, sources, LENGTH, replace(mixture, functions=0), "0")
-    assert alone == encode_plain(tokenizer, sources, LENGTH)
+    assert list(alone) == [ids for ids, _ in encode_plain(tokenizer, sources, LENGTH)]
 
 
 def test_plain_sequences_are_the_files(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    text = "".join(tokenizer.decode(ids) for ids in encode_plain(tokenizer, sources, LENGTH))
-    assert text == "".join(source.text for source in sources)
+    found = list(encode_plain(tokenizer, sources, LENGTH))
+    text = "".join(source.text for source in sources)
+    assert "".join(tokenizer.decode(ids) for ids, _ in found) == text
+    assert sum(size for _, size in found) == len(text.encode())
 
 
 def test_a_seed_fixes_the_sequences(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    first, again, other = (encode_corpus(tokenizer, sources, LENGTH, Mixture(), seed) for seed in ("0", "0", "1"))
+    first, again, other = (
+        list(encode_corpus(tokenizer, sources, LENGTH, EVERYTHING, seed)) for seed in ("0", "0", "1")
+    )
     assert first == again
     assert first != other
 
 
 def test_rows_hold_every_sequence_whole_and_once(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    sequences = encode_corpus(tokenizer, sources, LENGTH, Mixture(), "0")
+    sequences = list(map(shown, encode_corpus(tokenizer, sources, LENGTH, EVERYTHING, "0")))
     rows = pack(sequences, LENGTH, "0")
     assert rows.shape[1] == LENGTH
     found: list[list[int]] = []
@@ -121,13 +168,3 @@ def test_rows_begin_with_short_sequences_too() -> None:
     """Laid in largest first, so without shuffling no row would begin with a short one, as every prompt does."""
     rows = pack([[1, *[5] * (9 if i % 2 else 4)] for i in range(100)], 15, "0")
     assert 10 < sum(row[5] == 1 for row in rows.tolist()) < 40
-
-
-def test_rows_come_back_from_disk(tmp_path: Path) -> None:
-    rows = np.array([[1, 65535], [2, 0]], dtype=np.uint16)
-    write_rows(tmp_path / "rows.npy", rows)
-    back = read_rows(tmp_path / "rows.npy")
-    assert isinstance(back, np.memmap)
-    assert back.dtype == np.uint16
-    assert back.tolist() == rows.tolist()
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
