@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from fire.decorators import SetParseFns
 
@@ -38,7 +40,11 @@ _OPTIONS = """
 
 
 def join(device: str | None) -> Workers:
-    """This process among those that torchrun started, each to hold the whole model."""
+    """This process among those that torchrun started, each to hold the whole model. `cuda` is a GPU for each."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda, but PyTorch finds no GPU here; leave it out to train on the CPU")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     # A process may wait for the first to encode the corpus; torchrun ends it if that one fails.
     ranks = parallel.start(1, device=device, timeout=4 * 3600)
     return Workers(dist.get_rank(), dist.get_world_size(), ranks.device)

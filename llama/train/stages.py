@@ -257,6 +257,11 @@ def prepare(
             plan = replace(plan, steps=max(1, round(60 * minutes / seconds)))
         _write_json(folder / "plan.json", asdict(plan))
     plan = Plan(**json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+    for name, asked in (("steps", steps), ("rows_per_step", rows_per_step)):
+        if asked not in (None, getattr(plan, name)):
+            raise ValueError(
+                f"{folder} has {name} {getattr(plan, name)}, not {asked}: leave that out, or use another folder"
+            )
     tokenizer = Tokenizer(run.tokenizer_path)
     if not has_tokens(folder / "train"):
         facts = _training_facts(stage, run, plan)

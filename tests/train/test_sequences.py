@@ -71,15 +71,19 @@ def test_gaps_are_as_many_as_asked_for(tokenizer: Tokenizer, sources: list[Sourc
     assert suffix_first > 0.97
 
 
-def test_shares_are_of_the_tokens_that_fit(tokenizer: Tokenizer, sources: list[Source]) -> None:
-    """Counted in what comes out, long dialogs having been left out."""
-    for mixture in (EVERYTHING, Mixture(dialogs=0.05), Mixture(keys=0.9)):
-        tokens: Counter[str] = Counter()
-        for ids in encode_corpus(tokenizer, sources, LENGTH, mixture, "0"):
-            tokens[kind(tokenizer, ids)] += len(ids)
-        assert tokens.total() > 5000
-        assert tokens["dialogs"] / tokens.total() == pytest.approx(mixture.dialogs, abs=0.02)
-        assert tokens["keys"] / tokens.total() == pytest.approx(mixture.keys, abs=0.02)
+@pytest.mark.parametrize("length", [LENGTH, 400])
+@pytest.mark.parametrize("mixture", [EVERYTHING, Mixture(dialogs=0.05), Mixture(keys=0.5)])
+def test_shares_are_of_the_tokens_that_fit(
+    length: int, mixture: Mixture, tokenizer: Tokenizer, sources: list[Source]
+) -> None:
+    """Counted in what comes out: in short rows long dialogs have been left out, in long ones keys take far more tokens
+    than functions."""
+    tokens: Counter[str] = Counter()
+    for ids in encode_corpus(tokenizer, sources, length, mixture, "0"):
+        tokens[kind(tokenizer, ids)] += len(ids)
+    assert tokens.total() > 5000
+    assert tokens["dialogs"] / tokens.total() == pytest.approx(mixture.dialogs, abs=0.02)
+    assert tokens["keys"] / tokens.total() == pytest.approx(mixture.keys, abs=0.02)
 
 
 def test_of_a_dialog_the_answer_alone_is_learned(tokenizer: Tokenizer, sources: list[Source]) -> None:

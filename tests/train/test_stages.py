@@ -264,6 +264,29 @@ def test_a_stopped_stage_says_so_and_goes_on(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_steps_that_are_settled_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "train", lambda *_: [])
+    run = start_run(tmp_path)
+    assert not train_stage(STAGES["base"], run, steps=5)
+    assert not train_stage(STAGES["base"], run, steps=5, minutes=1)
+    with pytest.raises(ValueError, match="has steps 5, not 6"):
+        train_stage(STAGES["base"], run, steps=6)
+    with pytest.raises(ValueError, match="has rows_per_step 2, not 4"):
+        train_stage(STAGES["base"], run, rows_per_step=4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="PyTorch finds no GPU here"):
+        COMMANDS["base"](f"{tmp_path}/out", device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_stages_train_on_a_gpu(tmp_path: Path) -> None:
+    COMMANDS["all"](f"{tmp_path}/out", steps=2, device="cuda")
+    assert (tmp_path / "out" / "params.json").exists()
+
+
 def test_a_finished_stage_is_not_trained_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("it trained"))
     COMMANDS["all"](f"{made}/out", device="cpu")
