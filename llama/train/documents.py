@@ -17,7 +17,8 @@ import random
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llama.prompts import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS
@@ -239,17 +240,18 @@ def _belongs(line: str, indent: int) -> bool:
     return own > indent or (own == indent and not line.lstrip().startswith("#"))
 
 
-def with_keys(pool: Sequence[str], room: int, cost: Callable[[str], int], rng: random.Random) -> Document | None:
-    """A text of at most `room` tokens: functions drawn from `pool`, among them one to four that return a number of
-    two digits, and at the end, in another order, what each returns. None where not a single key fits."""
+def with_keys(pool: deque[str], room: int, cost: Callable[[str], int], rng: random.Random) -> Document | None:
+    """A text of at most `room` tokens: functions taken off `pool`, among them one to four that return a number of two
+    digits, and at the end, in another order, what each returns. None where not a single key fits."""
     names = ["my_function"]
     for code in rng.sample(pool, min(len(pool), 4 * _KEYS)):
         name = code.removeprefix("async ").removeprefix("def ").partition("(")[0]
         if name.isidentifier() and name not in names:
             names.append(name)
+    names = names[: rng.randint(1, _KEYS)]
     keys: dict[str, str] = {}  # the function's text to its question's
     left = room
-    for name in names[: rng.randint(1, _KEYS)]:
+    for name in names:
         key = rng.randrange(10, 100)
         part, question = _KEY.format(name=name, key=key), f"assert {name}() == {key}\n"
         if (size := cost(part) + cost(question)) <= left:
@@ -258,16 +260,16 @@ def with_keys(pool: Sequence[str], room: int, cost: Callable[[str], int], rng: r
     if not keys:
         return None
     fill: list[str] = []
-    misses = 0
-    while pool and misses < 8:
-        code = rng.choice(pool).rstrip() + "\n\n\n"
+    later: list[str] = []
+    while pool and len(later) < 8:
+        code = pool.popleft().rstrip() + "\n\n\n"
         size = cost(code)
-        if size > left or any(f"def {name}(" in code for name in names[:_KEYS]):
-            misses += 1
-        else:
+        if size <= left and not any(f"def {name}(" in code for name in names):
             fill.append(code)
             left -= size
-            misses = 0
+        elif size <= room // 4:  # a longer one would come back again and again
+            later.append(code)
+    pool.extend(later)
     for part in keys:
         fill.insert(rng.randint(0, len(fill)), part)
     return Document("".join([*fill, *rng.sample(list(keys.values()), len(keys))]), ends=True)

@@ -25,8 +25,8 @@ PADDING = 0
 """Fills a row that no sequence fits any more; it is unk, which byte fallback never produces, and counts for no loss."""
 _SPARE = 12
 """Tokens that a sequence may have above its document's own: bos, marks, and pieces broken by a cut."""
-_WAITING = 2000
-"""How many documents of a kind wait for their turn: beyond it, the oldest are dropped."""
+_POOL = 8
+"""Characters of functions for each token of a row with keys: about twice what it takes."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Mixture:
 
     infilling: float = 0.9  # of the documents that are code
     suffix_first: float = 0.5  # of those
-    functions: float = 0.5  # of all functions, which are documents of their own besides being in their file
+    functions: float = 0.3  # of the files that are code: taken apart into their functions
     dialogs: float = 0.0  # of all tokens
     keys: float = 0.0  # of all tokens
     answers_only: bool = True  # a dialog's question is read and not learned
@@ -51,32 +51,32 @@ def encode_corpus(
 ) -> Iterator[list[int]]:
     """The sequences of one pass over `sources`, none longer than `length`, as the mixture has them.
 
-    The kind that is furthest behind its share of the tokens so far goes next, and files are read until there is one;
-    so what the corpus has less of than the mixture asks decides how much of the rest there can be.
+    The kind that is furthest behind its share of the tokens so far goes next; where there is none left, a file is read
+    for it, and for nothing else: so no text comes twice in a pass. It ends when a file is wanted and all are read.
     """
     rng = random.Random(seed)
     shares = {"code": 1 - mixture.dialogs - mixture.keys, "dialogs": mixture.dialogs, "keys": mixture.keys}
     shares = {kind: part for kind, part in shares.items() if part > 0}
     spent = dict.fromkeys(shares, 0)
-    code: deque[Document] = deque(maxlen=_WAITING)
-    talks: deque[Turn] = deque(maxlen=_WAITING)
-    pool: deque[str] = deque(maxlen=_WAITING)
+    code: deque[Document] = deque()
+    talks: deque[Turn] = deque()
+    pool: deque[str] = deque()
     files = iter(sources)
     while True:
         kind = min(shares, key=lambda kind: spent[kind] / shares[kind])
-        if not (talks if kind == "dialogs" else pool if kind == "keys" else code):
+        lacks = {"code": not code, "dialogs": not talks, "keys": sum(map(len, pool)) < _POOL * length}
+        if lacks[kind]:
             source = next(files, None)
             if source is None:
                 return
-            if "code" in shares:
+            if kind == "dialogs":
+                talks.extend(turns(source.text, rng))
+            elif kind == "keys":
+                pool.extend(function.code for function in functions(source.text))
+            elif rng.random() < mixture.functions:
+                code.extend(Document(function.code, ends=True) for function in functions(source.text))
+            else:
                 code.extend(cut_source(tokenizer, source, length))
-            if "dialogs" in shares:
-                found = list(turns(source.text, rng))
-                talks.extend(rng.sample(found, len(found)))  # or a full queue would keep the ends of files
-            for function in functions(source.text):
-                if "code" in shares and rng.random() < mixture.functions:
-                    code.append(Document(function.code, ends=True))
-                pool.append(function.code)
             continue
         if kind == "dialogs":
             sequence = encode_turn(tokenizer, talks.popleft(), mixture.answers_only)

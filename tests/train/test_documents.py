@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import re
+from collections import deque
 
 import pytest
 
@@ -241,13 +242,29 @@ def test_every_turn_of_real_files_has_an_answer_that_parses() -> None:
         ast.parse(turn.answer)
 
 
+POOL = [f"def other_{n}(x):\n    return x + {n}\n" for n in range(300)]
+
+
+def test_a_text_with_keys_takes_its_functions_off_the_pool() -> None:
+    """So no function stands in two texts; one that is too long for any text is dropped, not met again for ever."""
+    pool = deque([*POOL[:30], "def long(x):\n    return " + "x + " * 300 + "x\n", *POOL[30:]])
+    texts = []
+    while len(pool) > 100:
+        document = with_keys(pool, 300, lambda text: len(text.split()), random.Random(len(pool)))
+        assert document is not None
+        texts.append(document.text)
+    used = [code for code in POOL if any(code in text for text in texts)]
+    assert all(sum(code in text for text in texts) == 1 for code in used)
+    assert len(used) > 150
+    assert not any("def long" in code for code in [*pool, *texts])
+
+
 @pytest.mark.parametrize("room", [80, 200, 1000])
 def test_a_text_with_keys_can_be_run(room: int) -> None:
     """Its assertions are true, they are as many as the keys, and it fills its room."""
-    pool = [f"def other_{n}(x):\n    return x + {n}\n" for n in range(50)]
     many = set()
     for seed in range(40):
-        document = with_keys(pool, room, lambda text: len(text.split()), random.Random(seed))
+        document = with_keys(deque(POOL), room, lambda text: len(text.split()), random.Random(seed))
         assert document is not None
         assert document.ends
         assert room - 8 < len(document.text.split()) <= room
@@ -260,10 +277,9 @@ def test_a_text_with_keys_can_be_run(room: int) -> None:
 
 
 def test_a_key_stands_anywhere_in_its_text() -> None:
-    pool = [f"def other_{n}(x):\n    return x + {n}\n" for n in range(50)]
     depths = []
     for seed in range(60):
-        document = with_keys(pool, 300, lambda text: len(text.split()), random.Random(seed))
+        document = with_keys(deque(POOL), 300, lambda text: len(text.split()), random.Random(seed))
         assert document is not None
         depths.append(document.text.index("def my_function") / len(document.text))
     assert min(depths) < 0.1
@@ -272,4 +288,4 @@ def test_a_key_stands_anywhere_in_its_text() -> None:
 
 
 def test_no_text_where_no_key_fits() -> None:
-    assert with_keys(["def f(): ...\n"], 10, lambda text: len(text.split()), random.Random(0)) is None
+    assert with_keys(deque(["def f(): ...\n"]), 10, lambda text: len(text.split()), random.Random(0)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,14 @@ NAMES = ("bisect.py", "heapq.py", "textwrap.py", "shutil.py")
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
     return [Source(name, (Path(os.__file__).parent / name).read_text(encoding="utf-8")) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def library(sources: list[Source]) -> list[Source]:
+    """Enough files for several kinds of documents."""
+    folder = Path(os.__file__).parent
+    names = [path.name for path in sorted(folder.glob("[a-f]*.py"))[:40]]
+    return [*sources, *(Source(name, (folder / name).read_text(encoding="utf-8")) for name in names)]
 
 
 def is_gap(tokenizer: Tokenizer, ids: list[int]) -> bool:
@@ -74,21 +83,36 @@ def test_gaps_are_as_many_as_asked_for(tokenizer: Tokenizer, sources: list[Sourc
 @pytest.mark.parametrize("length", [LENGTH, 400])
 @pytest.mark.parametrize("mixture", [EVERYTHING, Mixture(dialogs=0.05), Mixture(keys=0.5)])
 def test_shares_are_of_the_tokens_that_fit(
-    length: int, mixture: Mixture, tokenizer: Tokenizer, sources: list[Source]
+    length: int, mixture: Mixture, tokenizer: Tokenizer, library: list[Source]
 ) -> None:
     """Counted in what comes out: in short rows long dialogs have been left out, in long ones keys take far more tokens
     than functions."""
     tokens: Counter[str] = Counter()
-    for ids in encode_corpus(tokenizer, sources, length, mixture, "0"):
+    for ids in encode_corpus(tokenizer, library, length, mixture, "0"):
         tokens[kind(tokenizer, ids)] += len(ids)
     assert tokens.total() > 5000
     assert tokens["dialogs"] / tokens.total() == pytest.approx(mixture.dialogs, abs=0.02)
     assert tokens["keys"] / tokens.total() == pytest.approx(mixture.keys, abs=0.02)
 
 
-def test_of_a_dialog_the_answer_alone_is_learned(tokenizer: Tokenizer, sources: list[Source]) -> None:
+def test_no_text_comes_twice_in_a_pass(tokenizer: Tokenizer) -> None:
+    """Each function names itself, whatever becomes of it."""
+    files = [
+        "\n\n".join(f'def name_{n}_{m}_(x):\n    """Return x."""\n    y = x\n    return y' for m in range(20)) + "\n"
+        for n in range(30)
+    ]
+    sources = [Source(str(n), text) for n, text in enumerate(files)]
+    seen: Counter[str] = Counter()
+    for ids in encode_corpus(tokenizer, sources, 200, replace(EVERYTHING, infilling=0), "0"):
+        text = tokenizer.decode(shown(ids)).rpartition("[/INST]")[2]
+        seen.update(re.findall(r"def (name_\d+_\d+_)\(x\):\n", text))
+    assert len(seen) > 200
+    assert max(seen.values()) == 1
+
+
+def test_of_a_dialog_the_answer_alone_is_learned(tokenizer: Tokenizer, library: list[Source]) -> None:
     seen = 0
-    for ids in encode_corpus(tokenizer, sources, LENGTH, EVERYTHING, "0"):
+    for ids in encode_corpus(tokenizer, library, LENGTH, EVERYTHING, "0"):
         learned = [token for token in ids if token >= 0]
         if kind(tokenizer, ids) != "dialogs":
             assert learned == ids
@@ -99,7 +123,7 @@ def test_of_a_dialog_the_answer_alone_is_learned(tokenizer: Tokenizer, sources: 
         assert learned[-1] == tokenizer.eos_id
         ast.parse(tokenizer.decode(learned).strip())
     assert seen > 5
-    for ids in encode_corpus(tokenizer, sources, LENGTH, replace(EVERYTHING, answers_only=False), "0"):
+    for ids in encode_corpus(tokenizer, library, LENGTH, replace(EVERYTHING, answers_only=False), "0"):
         assert min(ids) > 0
 
 
