@@ -1,0 +1,88 @@
+"""Generation on several ranks: the same text as in one process, and ranks that end together whatever happens to one."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama import Llama
+from llama.parallel import start
+from parallel.ranks import on_ranks
+
+PROMPTS = [[1, 300, 301, 302, 303], [1, 310, 311], [1, 320, 321, 322, 323, 324, 325]]  # more than rows: two turns
+
+
+def build(init_method: str, folder: Path) -> Llama:
+    start(init_method=init_method, timeout=20)
+    return Llama.build(folder, max_seq_len=48, max_batch_size=2, timeout=20)
+
+
+def write(llama: Llama) -> tuple[Any, Any]:
+    greedy = llama.generate(PROMPTS, 12, temperature=0, logprobs=True, echo=True)
+    drawn, _ = llama.generate(PROMPTS, 12, temperature=1.0, top_p=0.95, seed=[5, 6, 7])
+    return greedy, drawn
+
+
+def check_write(init_method: str, folder: Path) -> tuple[Any, Any]:
+    return write(build(init_method, folder))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_text_is_the_same_on_any_number_of_ranks(world_size: int, tiny_checkpoint: Path) -> None:
+    (tokens, logprobs), drawn = write(Llama.build(tiny_checkpoint, max_seq_len=48, max_batch_size=2))
+    assert logprobs is not None
+    for (on_rank, their_logprobs), their_drawn in on_ranks(check_write, world_size, tiny_checkpoint):
+        assert on_rank == tokens
+        assert their_drawn == drawn
+        for theirs, ours in zip(their_logprobs, logprobs, strict=True):
+            assert theirs[0] is None
+            assert theirs[1:] == pytest.approx(ours[1:], abs=1e-4)
+
+
+def check_close_early(init_method: str, folder: Path) -> tuple[int, Any]:
+    """Rank 0's caller stops listening after two events; the others just listen."""
+    llama = build(init_method, folder)
+    stream = llama.stream(PROMPTS, 12, temperature=0)
+    seen = 0
+    for _ in stream:
+        seen += 1
+        if llama.ranks.leads and seen == 2:
+            break
+    stream.close()  # type: ignore[attr-defined]
+    return seen, write(llama)
+
+
+def test_a_stream_that_rank_0_leaves_ends_on_all_ranks(tiny_checkpoint: Path) -> None:
+    expected = write(Llama.build(tiny_checkpoint, max_seq_len=48, max_batch_size=2))
+    (seen, after), (others_seen, others_after) = on_ranks(check_close_early, 2, tiny_checkpoint)
+    assert seen == 2
+    assert others_seen <= 2
+    assert after[1] == others_after[1] == expected[1]
+
+
+def check_a_rank_without_its_folder(init_method: str, folder: Path) -> str:
+    with pytest.raises(ValueError, match="there is no folder") as raised:
+        build(init_method, folder / "elsewhere" if os.environ["RANK"] == "1" else folder)
+    return str(raised.value)
+
+
+def test_what_one_rank_cannot_load_ends_all_with_its_words(tiny_checkpoint: Path) -> None:
+    words = on_ranks(check_a_rank_without_its_folder, 2, tiny_checkpoint)
+    assert words[0] == words[1]
+    assert "elsewhere" in words[0]
+
+
+def check_waiting_for_a_person(init_method: str, folder: Path) -> Any:
+    """Longer than a collective may take: the others wait for rank 0's words as long as it takes."""
+    ranks = start(init_method=init_method, timeout=1)
+    if ranks.leads:
+        time.sleep(3)
+    return ranks.broadcast_object("words" if ranks.leads else None)
+
+
+def test_ranks_wait_for_a_person_beyond_the_timeout(tiny_checkpoint: Path) -> None:
+    assert on_ranks(check_waiting_for_a_person, 2, tiny_checkpoint) == ["words", "words"]
