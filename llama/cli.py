@@ -201,11 +201,12 @@ def run(component: Any, name: str | None = None) -> None:
     """Runs a function, or a table of them, as a command by fire. What a user got wrong is one paragraph on rank 0's
     standard error and exit code 1 on every rank."""
     leads = os.environ.get("RANK", "0") == "0"
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr) if leads else None
+    # "-" is a file's name here (standard input), not fire's separator.
+    words = [*sys.argv[1:], *([] if "--" in sys.argv else ["--"]), "--separator=\x1f"]
     try:
-        # "-" is a file's name here (standard input), not fire's separator.
-        own = sys.argv[1:] if "--" in sys.argv else [*sys.argv[1:], "--"]
-        fire.Fire(component, [*own, "--separator=\x1f"], name=name)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda note, *_, **__: print(f"note: {note}", file=sys.stderr) if leads else None
+            fire.Fire(component, words, name=name)
     except ValueError as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)

@@ -93,7 +93,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it, else float32; never float16 on a CPU, where it is slow beyond use."""
+    """bfloat16 on a CUDA GPU that has it, float16 on an older one, float32 elsewhere (a CPU is slow in float16)."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float32
