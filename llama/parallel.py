@@ -139,7 +139,7 @@ def start(
         )
     if world_size > 1:
         dist.distributed_c10d._set_pg_timeout(wait, groups.get_model_parallel_group())
-    return Ranks(groups.get_model_parallel_rank(), size, device, _control_group(size))
+    return Ranks(groups.get_model_parallel_rank(), size, device, _control_group(size, wait))
 
 
 class _Alone(dist.ProcessGroup):
@@ -156,14 +156,15 @@ def _start_alone() -> None:
     dist.init_process_group("alone", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def _control_group(size: int) -> dist.ProcessGroup | None:
+def _control_group(size: int, wait: timedelta) -> dist.ProcessGroup | None:
     if size == 1:
         return None
     mine = None
     for first in range(0, dist.get_world_size(), size):  # every process takes part in making every group
         members = list(range(first, first + size))
-        group = dist.new_group(members, backend="gloo", timeout=timedelta(days=7))
+        group = dist.new_group(members, backend="gloo", timeout=wait)  # a rank that dies now must not hold the others
         if dist.get_rank() in members:
+            dist.distributed_c10d._set_pg_timeout(timedelta(days=7), group)
             mine = group
     return mine
 
