@@ -1,7 +1,9 @@
 """Training sequences for infilling: a document's middle moved to its end, so that a causal model learns to fill gaps.
 
 A document is cut at two characters chosen uniformly (Code Llama, arXiv 2308.12950, section 2.3, after Bavarian et
-al., arXiv 2207.14255). Each sequence is a prompt as prompts.py asks it, prefix-suffix-middle or suffix-prefix-middle,
+al., arXiv 2207.14255). Such a middle is a third of the document on average, and hardly ever what an editor asks for: a
+line or the rest of one. A model that reads billions of tokens sees enough of those all the same; for a small one there
+is a second kind of cut, at the ends of lines. Each sequence is a prompt as prompts.py asks it, prefix-suffix-middle or suffix-prefix-middle,
 with its answer. In the second form prefix and middle are encoded as one text, as the published models were trained:
 so the model also learns to go on from a prefix that ends within a token.
 """
@@ -28,6 +30,19 @@ def split(text: str, rng: random.Random) -> Split:
     """Cuts at two places between characters, each equally likely, the ends included."""
     first, second = sorted(rng.randint(0, len(text)) for _ in range(2))
     return Split(text[:first], text[first:second], text[second:])
+
+
+def split_lines(text: str, rng: random.Random) -> Split:
+    """Cuts out one to three lines, more often one, up to the end of the last, the first not blank; half of the time
+    not from the first one's start, but from any character of it."""
+    lines = text.split("\n")
+    number = rng.choice([at for at, line in enumerate(lines) if line.strip()] or [0])
+    count = min(rng.choice((1, 1, 1, 1, 2, 3)), len(lines) - number)
+    start = sum(len(line) + 1 for line in lines[:number])
+    end = start + sum(len(line) + 1 for line in lines[number : number + count]) - 1
+    if rng.random() < 0.5:
+        start += rng.randint(0, len(lines[number]))
+    return Split(text[:start], text[start:end], text[end:])
 
 
 def prefix_first(tokenizer: Tokenizer, parts: Split) -> list[int]:

@@ -121,7 +121,7 @@ def train(model: nn.Module, data: Data, config: TrainingConfig, folder: Path, wo
     `folder` gets state.pt and log.csv. SIGINT and SIGTERM end it after the step at hand, with the state saved: the
     log is then shorter than `config.steps`. A run may be continued by another number of workers.
     """
-    optimizer = torch.optim.AdamW(decay_matrices(model, config.weight_decay), lr=config.peak_lr, betas=config.betas)
+    optimizer = new_optimizer(model, config)
     log = resume(model, optimizer, folder, config)
     tokens, spent = (log[-1].tokens, log[-1].seconds) if log else (0, 0.0)
     saved = started = time.monotonic()
@@ -231,6 +231,12 @@ def _any(workers: Workers, ended: threading.Event) -> bool:
     flag = torch.tensor(float(ended.is_set()), device=workers.device)
     workers.add_(flag)
     return bool(flag)
+
+
+def new_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW as one kernel over all weights, which PyTorch has for CPUs too: for small models a tenth of a step."""
+    groups = decay_matrices(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
 
 
 def decay_matrices(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from llama.tokenizer import Tokenizer
 from llama.train.corpus import Source
 from llama.train.documents import Document, Turn, cut, functions, turns, with_keys
-from llama.train.infilling import prefix_first, split, suffix_first
+from llama.train.infilling import prefix_first, split, split_lines, suffix_first
 
 Rows = NDArray[np.int16]
 PADDING = 0
@@ -35,14 +35,15 @@ class Mixture:
 
     infilling: float = 0.9  # of the documents that are code
     suffix_first: float = 0.5  # of those
+    line_gaps: float = 0.5  # of those: the gap is of lines rather than of any characters
     functions: float = 0.3  # of the files that are code: taken apart into their functions
     dialogs: float = 0.0  # of all tokens
     keys: float = 0.0  # of all tokens
     answers_only: bool = True  # a dialog's question is read and not learned
 
     def __post_init__(self) -> None:
-        parts = (self.infilling, self.suffix_first, self.functions, self.dialogs, self.keys, self.dialogs + self.keys)
-        if not all(0 <= part <= 1 for part in parts):
+        parts = (self.infilling, self.suffix_first, self.line_gaps, self.functions, self.dialogs, self.keys)
+        if not all(0 <= part <= 1 for part in (*parts, self.dialogs + self.keys)):
             raise ValueError(f"{self}: each is a part of 1, and so are dialogs and keys together")
 
 
@@ -107,7 +108,8 @@ def encode_document(
     """A document as it is or, at the mixture's rate, with its middle moved to the end."""
     if rng.random() < mixture.infilling:
         form = suffix_first if rng.random() < mixture.suffix_first else prefix_first
-        sequence = form(tokenizer, split(document.text, rng))
+        parts = split_lines if rng.random() < mixture.line_gaps else split
+        sequence = form(tokenizer, parts(document.text, rng))
         if len(sequence) <= length:
             return sequence
     return tokenizer.encode(document.text, bos=True, eos=document.ends)

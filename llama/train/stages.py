@@ -34,7 +34,7 @@ from llama.train.attention import causal_attention
 from llama.train.collection import TOTALS, read_documents
 from llama.train.corpus import Source, read_corpus, stable_hash
 from llama.train.curves import draw
-from llama.train.loop import ALONE, Data, Entry, TrainingConfig, Workers, decay_matrices, evaluate, train, train_step
+from llama.train.loop import ALONE, Data, Entry, TrainingConfig, Workers, evaluate, new_optimizer, train, train_step
 from llama.train.sequences import Mixture, Rows, encode_corpus, encode_plain, pack
 from llama.train.tokenfile import Facts, digest, has_tokens, read_tokens, write_tokens
 from llama.train.tokenizer import train_tokenizer
@@ -81,8 +81,8 @@ _BASE = TrainingConfig(steps=4000, peak_lr=2e-3, rows_per_step=8, rows_at_once=2
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("plain", None, True, 512, 1e4, Mixture(infilling=0.0, keys=0.2), _BASE, minutes=30),
-        Stage("base", "plain", True, 512, 1e4, Mixture(keys=0.2), _BASE, minutes=60),
+        Stage("plain", None, True, 512, 1e4, Mixture(infilling=0.0, functions=0.4, keys=0.2), _BASE, minutes=30),
+        Stage("base", "plain", True, 512, 1e4, Mixture(functions=0.4, keys=0.2), _BASE, minutes=60),
         Stage(
             "long",
             "base",
@@ -107,7 +107,7 @@ STAGES: dict[str, Stage] = {
             False,
             1024,
             1e6,
-            Mixture(infilling=0.5, dialogs=0.6, keys=0.1),
+            Mixture(infilling=0.7, dialogs=0.6, keys=0.1),
             TrainingConfig(steps=600, rows_per_step=4, rows_at_once=1, peak_lr=6e-4, warmup_steps=20),
             minutes=14,
         ),
@@ -343,7 +343,7 @@ def seconds_a_step(
     alone = Workers(device=workers.device)
     rows = math.ceil(config.rows_per_step / workers.count)
     batch = torch.from_numpy(np.random.default_rng(0).integers(1, model.args.vocab_size, (rows, length + 1)))
-    optimizer = torch.optim.AdamW(decay_matrices(model, config.weight_decay))
+    optimizer = new_optimizer(model, config)
     started = 0.0
     for _ in range(timed + 1):
         train_step(model, optimizer, batch, config.peak_lr, config, alone)
