@@ -8,6 +8,7 @@ whole: what a rank doesn't need it doesn't touch, and weights that need no conve
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +75,41 @@ def recut(name: str, parts: list[Tensor], rank: int, world_size: int, n_kv_heads
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
+class Weights(Protocol):
+    """A model's parameters under Meta's names, wherever they lie: what `load` needs to know of a checkpoint."""
+
+    path: Path
+    """For messages; beside it, or in it, stands the tokenizer."""
+
+    @property
+    def n_shards(self) -> int: ...
+
+    @property
+    def tokenizer_path(self) -> Path: ...
+
+    def names(self) -> list[str]: ...
+
+    def args(self, **limits: Any) -> ModelArgs: ...
+
+    def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor: ...
+
+
+FORMATS = {"config.json": "llama.interop.huggingface", ".gguf": "llama.interop.gguf"}
+"""What else a checkpoint may be, by a file of its folder or by its own ending, and the module whose `open_weights`
+reads it. Such a module is imported when it is wanted."""
+
+
+def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Weights:
+    """A checkpoint of any format, opened but not read. Raises ValueError as `Checkpoint` does."""
+    path = Path(ckpt_dir)
+    if not (path / "params.json").is_file():
+        for mark, module in FORMATS.items():
+            if path.suffix == mark or (path / mark).is_file():
+                weights: Weights = importlib.import_module(module).open_weights(path)
+                return weights
+    return Checkpoint(path)
+
+
 class Checkpoint:
     """A folder in the published format, opened but not read.
 
@@ -98,6 +134,10 @@ class Checkpoint:
     @property
     def n_shards(self) -> int:
         return len(self._shards)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.model"
 
     def names(self) -> list[str]:
         """The parameters' names, as in the model."""
@@ -182,7 +222,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def load(model: Transformer, checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype) -> None:
+def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dtype) -> None:
     """Gives a model made on the meta device this rank's weights, in `dtype` on the rank's device.
 
     A weight that needs no conversion stays mapped; another takes memory of its own, one at a time. Raises ValueError

@@ -21,7 +21,7 @@ import torch
 from fire.decorators import SetParseFns
 
 from llama import parallel
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import open_checkpoint
 from llama.decoding import Event
 from llama.generation import EMBEDDED, Llama
 from llama.model import Transformer
@@ -31,10 +31,10 @@ FILL = "<FILL>"
 PATHS = {"ckpt_dir": str, "tokenizer_path": str}  # fire would read 1e3 as a number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOMS = {
-    "train": ("llama.train.cli", "Trains a small checkpoint."),
-    "evals": ("llama.evals.cli", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
+    "train": ("llama.train.cli:COMMANDS", "Trains a small checkpoint."),
+    "evals": ("llama.evals.cli:COMMANDS", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
 }
-"""Verbs of the rooms, the modules whose `COMMANDS` they run, and what these do. A room is imported when asked for."""
+"""Verbs of the rooms: a function, or a table of them, and what they do. A room is imported when it is asked for."""
 
 
 def build(**options: Any) -> Llama:
@@ -178,7 +178,7 @@ def _say(llama: Llama, text: str) -> None:
 @SetParseFns(**PATHS)  # type: ignore[untyped-decorator]
 def info(ckpt_dir: str | None = None) -> None:
     """What a checkpoint is: its sizes, parameters, bytes, and the cache that a token takes. Reads no weights."""
-    checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
+    checkpoint = open_checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
     args = checkpoint.args()
     with torch.device("meta"):
         model = Transformer(args)
@@ -221,8 +221,11 @@ def main() -> None:
     """The console script `codellama`."""
     commands: dict[str, Any] = dict(COMMANDS)
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    for room, (module, summary) in ROOMS.items():
-        commands[room] = importlib.import_module(module).COMMANDS if room == verb else partial(print, summary)
-        if room != verb:
+    for room, (place, summary) in ROOMS.items():
+        if room == verb:
+            module, _, name = place.partition(":")
+            commands[room] = getattr(importlib.import_module(module), name)
+        else:
+            commands[room] = partial(print, summary)
             commands[room].__doc__ = summary
     run(commands, name="codellama")

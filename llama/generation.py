@@ -12,7 +12,7 @@ from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import Checkpoint, load
+from llama.checkpoint import load, open_checkpoint
 from llama.config import RopeScaling
 from llama.decoding import Answer, Event, FinishReason, Stop, decode, last_logits, prefill
 from llama.model import Transformer
@@ -101,7 +101,7 @@ class Llama:
         `timeout` is how many seconds a rank waits for the others. Raises ValueError, on every rank, where the folder
         is no whole checkpoint or does not fit its tokenizer or the ranks.
 
-        These are the steps, each public, for those who need others: parallel.start, checkpoint.Checkpoint,
+        These are the steps, each public, for those who need others: parallel.start, checkpoint.open_checkpoint,
         Tokenizer, Transformer on the meta device, checkpoint.load, Llama.
         """
         ranks = start(model_parallel_size, device=device, timeout=timeout)
@@ -109,11 +109,11 @@ class Llama:
         with ranks.together():
             if dtype == torch.float16 and ranks.device.type == "cpu":
                 raise ValueError("dtype float16 is too slow to use on a CPU: choose bfloat16 or float32")
-            checkpoint = Checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
+            checkpoint = open_checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
             args = checkpoint.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             args.rope_theta = args.rope_theta if rope_theta is None else rope_theta
             args.rope_scaling = args.rope_scaling if rope_scaling is None else rope_scaling
-            tokenizer = Tokenizer(checkpoint.path / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
+            tokenizer = Tokenizer(checkpoint.tokenizer_path if tokenizer_path is None else tokenizer_path)
             if tokenizer.n_words != args.vocab_size:
                 raise ValueError(
                     f"the tokenizer has {tokenizer.n_words} pieces but the embedding in {checkpoint.path} has "
