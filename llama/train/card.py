@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llama.train.atomic import replacing
@@ -38,7 +38,7 @@ as they were read.
 
 The last two are of held-out files, cut into documents of up to the stage's length, by the stage's checkpoint as it was
 written, in float32: nats a token, and bits for each byte of text.
-
+{measured}
 ## Make it again
 ```
 {commands}
@@ -61,8 +61,9 @@ licences of its authors:
 """
 
 
-def write_card(path: str | os.PathLike[str], run: Run, results: list[Result]) -> None:
-    """Writes the card of the last of `results`, the stages that led to it, in order."""
+def write_card(path: str | os.PathLike[str], run: Run, results: Sequence[Result], measured: str = "") -> None:
+    """Writes the card of the last of `results`, the stages that led to it, in order. `measured`, if given, is what
+    its section of that name says."""
     last = results[-1]
     corpus = "the standard library" if run.corpus is None else "permissively licensed packages and the standard library"
     option = "" if run.corpus is None else " --corpus CORPUS"
@@ -78,6 +79,7 @@ def write_card(path: str | os.PathLike[str], run: Run, results: list[Result]) ->
             f"codellama train {r.stage} --out OUT{option} --seed {run.seed} --steps {r.steps}" for r in results
         ),
         packages="\n".join(_packages(run)),
+        measured=f"\n## Measured\n{measured}" if measured else "",
     )
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

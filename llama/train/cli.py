@@ -17,6 +17,7 @@ from llama.cli import run
 from llama.train.card import write_card
 from llama.train.collection import corpus
 from llama.train.loop import Workers
+from llama.train.report.cli import gaps, report
 from llama.train.shapes import compare
 from llama.train.stages import ALL, STAGES, read_run, results, start_run, train_stage
 
@@ -108,6 +109,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "instruct": command(("instruct",), "Go on from `long` with dialogs, of which the answers are learned."),
     "all": command(ALL, "Make a checkpoint: base, long and instruct, one after the other."),
     "shapes": compare,
+    "gaps": gaps,
+    "report": report,
 }
 
 

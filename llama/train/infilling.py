@@ -3,9 +3,9 @@
 A document is cut at two characters chosen uniformly (Code Llama, arXiv 2308.12950, section 2.3, after Bavarian et
 al., arXiv 2207.14255). Such a middle is a third of the document on average, and hardly ever what an editor asks for: a
 line or the rest of one. A model that reads billions of tokens sees enough of those all the same; for a small one there
-is a second kind of cut, at the ends of lines. Each sequence is a prompt as prompts.py asks it, prefix-suffix-middle or suffix-prefix-middle,
-with its answer. In the second form prefix and middle are encoded as one text, as the published models were trained:
-so the model also learns to go on from a prefix that ends within a token.
+is a second kind of cut, at the ends of lines. Each sequence is a prompt as prompts.py asks it, prefix-suffix-middle or
+suffix-prefix-middle, with its answer. In the second form prefix and middle are encoded as one text, as the published
+models were trained: so the model also learns to go on from a prefix that ends within a token.
 """
 
 from __future__ import annotations

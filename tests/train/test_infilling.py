@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llama.prompts import infilling
 from llama.tokenizer import Tokenizer
-from llama.train.infilling import Split, prefix_first, split, suffix_first
+from llama.train.infilling import Split, prefix_first, split, split_lines, suffix_first
 
 parts = st.text(max_size=12) | st.sampled_from(["", " ", "    x", "def f(x):\n", " <EOT>", "<SUF>", "☺", "é", "▁"])
 splits = st.builds(Split, parts, parts, parts)
@@ -66,3 +66,28 @@ def test_gaps_are_anywhere_and_of_any_size() -> None:
     assert len(counts) == 10
     for (_, size), count in counts.items():
         assert abs(count - (500 if size == 0 else 1000)) < 130
+
+
+@given(text=st.text(alphabet="ab \n", max_size=30), seed=st.integers(0, 99))
+def test_gaps_of_lines_end_at_a_lines_end(text: str, seed: int) -> None:
+    parts = split_lines(text, random.Random(seed))
+    assert parts.prefix + parts.middle + parts.suffix == text
+    assert parts.suffix == "" or parts.suffix[0] == "\n"
+    assert parts.middle.count("\n") <= 2
+    first = (parts.prefix.split("\n")[-1] + parts.middle).split("\n")[0]
+    assert first.strip() or not text.strip()  # a blank line is nothing to learn from
+
+
+def test_gaps_of_lines_are_of_every_line_and_begin_anywhere_in_it() -> None:
+    """Half at a line's start; of the others, each of the five places within "abcd" as often."""
+    rng = random.Random(0)
+    found = [split_lines("abcd\n\nabcd\nabcd", rng) for _ in range(12000)]
+    starts = Counter(len(parts.prefix) for parts in found)
+    assert set(starts) == {line + place for line in (0, 6, 11) for place in range(5)}
+    for line in (0, 6, 11):
+        assert abs(starts[line] - 12000 / 3 * (1 / 2 + 1 / 10)) < 150
+        for place in range(1, 5):
+            assert abs(starts[line + place] - 12000 / 3 / 10) < 80
+    middles = Counter(parts.middle.count("\n") for parts in found if len(parts.prefix) < 5)
+    assert set(middles) == {0, 1, 2}
+    assert middles[0] > middles[1] + middles[2]

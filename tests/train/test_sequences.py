@@ -80,6 +80,21 @@ def test_gaps_are_as_many_as_asked_for(tokenizer: Tokenizer, sources: list[Sourc
     assert suffix_first > 0.97
 
 
+def test_gaps_of_lines_are_as_many_as_asked_for(tokenizer: Tokenizer) -> None:
+    document = Document("ab\ncd\nef\ngh\n", ends=True)
+
+    def end_at_a_line(line_gaps: float) -> float:
+        mixture = Mixture(infilling=1, suffix_first=0, line_gaps=line_gaps)
+        found = [encode_document(tokenizer, document, 100, mixture, random.Random(seed)) for seed in range(400)]
+        suffixes = [ids[ids.index(tokenizer.suffix_id) + 1 : ids.index(tokenizer.middle_id)] for ids in found]
+        return sum(tokenizer.decode_infilling(ids)[:1] in ("", "\n") for ids in suffixes) / len(found)
+
+    assert end_at_a_line(1) == 1
+    by_chance = end_at_a_line(0)
+    assert by_chance < 0.6
+    assert abs(end_at_a_line(0.5) - (1 + by_chance) / 2) < 0.1
+
+
 @pytest.mark.parametrize("length", [LENGTH, 400])
 @pytest.mark.parametrize("mixture", [EVERYTHING, Mixture(dialogs=0.05), Mixture(keys=0.5)])
 def test_shares_are_of_the_tokens_that_fit(
