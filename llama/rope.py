@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,26 @@ def dynamic(
     return ntk(head_dim, theta, length, factor=stretch)
 
 
+def ntk_by_parts(
+    head_dim: int,
+    theta: float,
+    length: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    alpha: float = 1.0,
+    beta: float = 32.0,
+) -> Spectrum:
+    """By the number of turns r = L/wavelength that a pair makes within the trained context L: w/s below `alpha`, w
+    above `beta`, the mix linear in r between (arXiv 2309.00071, section 3.2)."""
+    if not alpha < beta:
+        raise ValueError(f"rope_scaling has alpha {alpha} and beta {beta}; alpha must be below beta")
+    plain = default(head_dim, theta, length).inv_freq
+    turns = original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
+    return Spectrum(plain * kept + plain / factor * (1 - kept))
+
+
 def yarn(
     head_dim: int,
     theta: float,
@@ -78,15 +98,12 @@ def yarn(
 ) -> Spectrum:
     """YaRN as released: pairs that turn more than `beta_fast` times within the trained context keep their frequency,
     those that turn less than `beta_slow` times are interpolated, with a ramp linear in the pair's index between
-    (arXiv 2309.00071, section 3.2; the paper's own equation has the ramp linear in the number of turns).
+    (arXiv 2309.00071, section 3.2; the paper's own equation is `yarn_paper`).
     """
 
     def pair_that_turns(times: float) -> float:
         turns_of_first = original_max_position_embeddings / (2 * math.pi)
         return head_dim * math.log(turns_of_first / times) / (2 * math.log(theta))
-
-    def temperature(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
     if truncate:
@@ -96,10 +113,56 @@ def yarn(
     interpolated = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
     plain = default(head_dim, theta, length).inv_freq
     if attention_factor is None:
-        attention_factor = temperature(1.0)
+        attention_factor = _temperature(factor)
         if mscale and mscale_all_dim:
-            attention_factor = temperature(mscale) / temperature(mscale_all_dim)
+            attention_factor = _temperature(factor, mscale) / _temperature(factor, mscale_all_dim)
     return Spectrum(plain * (1 - interpolated) + plain / factor * interpolated, attention_factor)
+
+
+def yarn_paper(
+    head_dim: int,
+    theta: float,
+    length: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    attention_factor: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 32.0,
+) -> Spectrum:
+    """YaRN as the paper has it: `ntk_by_parts`, whose ramp is linear in the number of turns, and the temperature
+    0.1·ln(s) + 1 (arXiv 2309.00071, sections 3.2 and 3.4). Every released implementation has the other ramp."""
+    trained = original_max_position_embeddings
+    parts = ntk_by_parts(
+        head_dim, theta, length, factor=factor, original_max_position_embeddings=trained, alpha=alpha, beta=beta
+    )
+    return Spectrum(parts.inv_freq, _temperature(factor) if attention_factor is None else attention_factor)
+
+
+def _temperature(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def longrope(
+    head_dim: int,
+    theta: float,
+    length: int,
+    *,
+    short_factor: Sequence[float],
+    long_factor: Sequence[float],
+    factor: float,
+    original_max_position_embeddings: int,
+    attention_factor: float | None = None,
+) -> Spectrum:
+    """LongRoPE: each pair has a divisor of its own, found by search, and another beyond the trained context L; cos and
+    sin are scaled by sqrt(1 + ln s / ln L) (arXiv 2402.13753, and its released code)."""
+    chosen = long_factor if length > original_max_position_embeddings else short_factor
+    if len(chosen) != head_dim // 2:
+        raise ValueError(f"rope_scaling has {len(chosen)} factors for {head_dim // 2} pairs: give one for each")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original_max_position_embeddings))
+    plain = default(head_dim, theta, length).inv_freq
+    return Spectrum(plain / torch.tensor(chosen, dtype=torch.float64, device="cpu"), attention_factor)
 
 
 def llama3(
@@ -112,24 +175,36 @@ def llama3(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
 ) -> Spectrum:
-    """Llama 3.1's: by the number of turns r = L/wavelength, w below `low_freq_factor` divided by s, above
-    `high_freq_factor` kept, the mix linear in r between (arXiv 2407.21783, section 3.4.2, and its model code)."""
+    """Llama 3.1's: `ntk_by_parts` that keeps pairs from `high_freq_factor` turns on, 4 instead of 32
+    (arXiv 2407.21783, section 3.4.2, and its model code)."""
     if not low_freq_factor < high_freq_factor:
         raise ValueError(f"low_freq_factor {low_freq_factor} must be below high_freq_factor {high_freq_factor}")
+    trained, bounds = original_max_position_embeddings, {"alpha": low_freq_factor, "beta": high_freq_factor}
+    return ntk_by_parts(head_dim, theta, length, factor=factor, original_max_position_embeddings=trained, **bounds)
+
+
+def proportional(head_dim: int, theta: float, length: int, *, partial_rotary_factor: float) -> Spectrum:
+    """p-RoPE: the fastest floor(p·D/2) pairs turn as ever, the others not at all (arXiv 2410.06205)."""
     plain = default(head_dim, theta, length).inv_freq
-    turns = original_max_position_embeddings * plain / (2 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return Spectrum(plain * kept + plain / factor * (1 - kept))
+    if not 0 <= partial_rotary_factor <= 1:
+        raise ValueError(f"partial_rotary_factor is {partial_rotary_factor}; it must be between 0 and 1")
+    turning = torch.arange(len(plain), device="cpu") < int(partial_rotary_factor * head_dim // 2)
+    return Spectrum(plain * turning)
+
+
+def none(head_dim: int, theta: float, length: int) -> Spectrum:
+    """No rotation: what a token knows of places, the causal mask alone tells it (NoPE, arXiv 2305.19466)."""
+    return Spectrum(torch.zeros(head_dim // 2, dtype=torch.float64, device="cpu"))
 
 
 SPECTRA: dict[str, Callable[..., Spectrum]] = {
-    "default": default,
-    "linear": linear,
-    "ntk": ntk,
-    "dynamic": dynamic,
-    "yarn": yarn,
-    "llama3": llama3,
-}
+    scheme.__name__: scheme
+    for scheme in (
+        default, linear, ntk, dynamic, ntk_by_parts, yarn, yarn_paper, longrope, llama3, proportional, none
+    )
+}  # fmt: skip
+"""Every scheme by its name, which is transformers' where it has it. One of your own is a function of the same kind
+(what it takes besides head_dim, theta and length, by keyword alone), put in here under its name."""
 
 
 def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: int) -> Spectrum:

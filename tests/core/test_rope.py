@@ -66,6 +66,31 @@ SCALINGS: list[tuple[int, float, dict[str, Any] | None]] = [
             "high_freq_factor": 16.0,
         },
     ),
+    (
+        64,
+        1e4,
+        {
+            "rope_type": "longrope",
+            "factor": 8.0,
+            "original_max_position_embeddings": L,
+            "short_factor": [1.0 + 0.01 * i for i in range(32)],
+            "long_factor": [1.0 + 0.5 * i for i in range(32)],
+        },
+    ),
+    (
+        8,
+        1e6,
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "original_max_position_embeddings": L,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "attention_factor": 1.5,
+        },
+    ),
+    (64, 1e4, {"rope_type": "proportional", "partial_rotary_factor": 0.75}),
+    (16, 1e6, {"rope_type": "proportional", "partial_rotary_factor": 0.3}),  # 2.4 pairs: 2
 ]
 
 
@@ -99,10 +124,96 @@ def test_every_scheme_is_transformers(head_dim: int, theta: float, scaling: dict
     assert ours.attention_scale == pytest.approx(attention_factor, rel=1e-12)
 
 
-def test_the_comparison_covers_every_scheme_but_ntk() -> None:
+def test_the_comparison_covers_every_scheme_that_transformers_has() -> None:
     compared = {(scaling or {}).get("rope_type", "default") for _, _, scaling in SCALINGS}
-    assert compared >= {"default", "linear", "dynamic", "yarn", "llama3"}
-    assert set(SPECTRA) >= compared | {"ntk"}
+    assert compared == {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
+    assert set(SPECTRA) == compared | {"ntk", "ntk_by_parts", "yarn_paper", "none"}  # which have tests of their own
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 32.0), (2.0, 5.0)])
+@pytest.mark.parametrize(("head_dim", "theta", "factor", "trained"), [(128, 1e4, 4.0, 4096), (64, 1e6, 16.0, 16384)])
+def test_by_parts_is_linear_in_the_number_of_turns(
+    head_dim: int, theta: float, factor: float, trained: int, alpha: float, beta: float
+) -> None:
+    """The paper's formula, a pair at a time; and YaRN's, which is the same with a temperature."""
+    ours = spectrum(
+        head_dim,
+        theta,
+        {
+            "rope_type": "ntk_by_parts",
+            "factor": factor,
+            "original_max_position_embeddings": trained,
+            "alpha": alpha,
+            "beta": beta,
+        },
+        100,
+    )
+    parts = []
+    for i in range(head_dim // 2):
+        w = theta ** (-2 * i / head_dim)
+        turns = trained / (2 * math.pi / w)
+        ramp = 0.0 if turns < alpha else 1.0 if turns > beta else (turns - alpha) / (beta - alpha)
+        parts.append((1 - ramp) * w / factor + ramp * w)
+    torch.testing.assert_close(ours.inv_freq, torch.tensor(parts, dtype=torch.float64), rtol=1e-13, atol=0)
+    assert ours.attention_scale == 1.0
+    if (alpha, beta) == (1.0, 32.0):
+        scaling = {"rope_type": "yarn_paper", "factor": factor, "original_max_position_embeddings": trained}
+        paper = spectrum(head_dim, theta, scaling, 100)
+        assert torch.equal(paper.inv_freq, ours.inv_freq)
+        assert paper.attention_scale == pytest.approx(0.1 * math.log(factor) + 1)
+        released = spectrum(head_dim, theta, {**scaling, "rope_type": "yarn"}, 100)
+        assert not torch.allclose(paper.inv_freq, released.inv_freq, rtol=1e-3)
+
+
+def test_parts_join_without_a_jump() -> None:
+    """At the edges of the bands too: a trained context that moves a pair across one changes its frequency by little."""
+    for edge in (1.0, 32.0):
+        w = 1e4 ** (-2 * 10 / 64)
+        values = [
+            spectrum(
+                64, 1e4, {"rope_type": "ntk_by_parts", "factor": 8.0, "original_max_position_embeddings": trained}, 1
+            ).inv_freq[10]
+            for trained in (edge * 2 * math.pi / w * (1 - 1e-9), edge * 2 * math.pi / w * (1 + 1e-9))
+        ]
+        assert values[0].item() == pytest.approx(values[1].item(), rel=1e-7)
+
+
+def test_none_turns_nothing_and_proportional_of_1_everything() -> None:
+    cos, sin = rotation_tables(spectrum(8, 1e4, {"rope_type": "none"}, 50), 50, CPU)
+    assert torch.equal(cos, torch.ones(50, 4))
+    assert torch.equal(sin, torch.zeros(50, 4))
+    plain = spectrum(64, 1e4, None, 1).inv_freq
+    assert torch.equal(
+        spectrum(64, 1e4, {"rope_type": "proportional", "partial_rotary_factor": 1.0}, 1).inv_freq, plain
+    )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (
+            {"rope_type": "proportional", "partial_rotary_factor": 1.5},
+            "partial_rotary_factor is 1.5; it must be between",
+        ),
+        (
+            {"rope_type": "ntk_by_parts", "factor": 2.0, "original_max_position_embeddings": 9, "alpha": 4, "beta": 3},
+            "alpha 4 and beta 3; alpha must be below",
+        ),
+        (
+            {
+                "rope_type": "longrope",
+                "factor": 2.0,
+                "original_max_position_embeddings": 9,
+                "short_factor": [1.0],
+                "long_factor": [1.0],
+            },
+            "1 factors for 4 pairs",
+        ),
+    ],
+)
+def test_parameters_that_cannot_be_are_named(scaling: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spectrum(8, 1e4, scaling, 5)
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "factor"), [(128, 1e4, 4.0), (64, 1e6, 2.5), (8, 1e4, 16.0)])
@@ -126,7 +237,7 @@ def test_dynamic_leaves_the_trained_length_alone_and_stretches_beyond() -> None:
     assert (plain[-1] / stretched[-1]).item() == pytest.approx(9.0)
 
 
-@pytest.mark.parametrize("name", ["linear", "ntk", "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize("name", ["linear", "ntk", "dynamic", "ntk_by_parts", "yarn", "yarn_paper", "llama3"])
 def test_factor_1_is_the_default_scheme(name: str) -> None:
     trained = {} if name in ("linear", "ntk") else {"original_max_position_embeddings": 2048}
     ours = spectrum(128, 1e6, {"rope_type": name, "factor": 1.0, **trained}, 2048)
@@ -199,7 +310,7 @@ def test_rotation_of_bfloat16_is_rounded_once() -> None:
 @pytest.mark.parametrize(
     ("scaling", "named"),
     [
-        ({"rope_type": "su"}, "'su'.*default, linear, ntk, dynamic, yarn, llama3"),
+        ({"rope_type": "su"}, "'su'.*default, linear, ntk, dynamic, ntk_by_parts"),
         ({"rope_type": "linear"}, r"lacks \['factor'\]"),
         ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fats": 1.0}, "unknown.*beta_fats"),
