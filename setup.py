@@ -9,6 +9,10 @@ EXTRAS = {
     "train": ["protobuf>=4"],
     # The picture of a training run.
     "plot": ["matplotlib>=3.8"],
+    # Checkpoints in Hugging Face's format, and from its hub.
+    "hf": ["safetensors>=0.4", "huggingface_hub>=0.23"],
+    # GGUF files, and the tokenizers in them.
+    "gguf": ["gguf>=0.10", "protobuf>=4"],
     # Tests: independent implementations to compare with, and what .ci/run checks with.
     "test": [
         "protobuf>=4",
@@ -16,6 +20,10 @@ EXTRAS = {
         "pytest>=8",
         "hypothesis>=6",
         "transformers>=5,<6",
+        "safetensors>=0.4",
+        "huggingface_hub>=0.23",
+        "gguf>=0.10",
+        "accelerate>=1",  # transformers reads GGUF files with it
         "ruff>=0.9",
         "mypy>=1.18",
     ],

@@ -121,13 +121,13 @@ class Checkpoint:
         self.path = Path(ckpt_dir)
         if not self.path.is_dir():
             raise ValueError(f"there is no folder {self.path}; pass --ckpt_dir with the folder of the checkpoint")
-        self.params = _read_params(self.path / "params.json")
-        self._shards = [_open_shard(path) for path in _shard_paths(self.path)]
+        self.params = read_params(self.path / "params.json")
+        self._shards = [open_shard(path) for path in _shard_paths(self.path)]
         keys: list[set[str]] = [set(shard) for shard in self._shards]
         if any(other != keys[0] for other in keys):
             differing = sorted(keys[0].union(*keys) - keys[0].intersection(*keys))
             raise ValueError(
-                f"the {len(keys)} shards in {self.path} hold different tensors ({_some(differing)}): they belong to "
+                f"the {len(keys)} shards in {self.path} hold different tensors ({some_of(differing)}): they belong to "
                 "different checkpoints; download all of them again"
             )
 
@@ -148,7 +148,7 @@ class Checkpoint:
         embedding = self._shards[0].get("tok_embeddings.weight")
         if embedding is None:
             raise ValueError(
-                f"{self.path} has no tok_embeddings.weight but {_some(self.names())}: it is not in Meta's format"
+                f"{self.path} has no tok_embeddings.weight but {some_of(self.names())}: it is not in Meta's format"
             )
         params = {**self.params, "vocab_size": embedding.shape[0]}
         try:
@@ -165,7 +165,7 @@ class Checkpoint:
         return recut(name, parts, rank, world_size, args.n_kv_heads, args.head_dim)
 
 
-def _read_params(path: Path) -> dict[str, Any]:
+def read_params(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: it stands beside the shards in a download; copy or download it again")
     try:
@@ -193,7 +193,7 @@ def _shard_paths(folder: Path) -> list[Path]:
     return [path for _, path in numbered]
 
 
-def _open_shard(path: Path) -> dict[str, Tensor]:
+def open_shard(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64).lstrip()
@@ -230,8 +230,8 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = set(checkpoint.names())
-    problems = [f"missing: {_some(sorted(set(expected) - found))}"] if set(expected) - found else []
-    problems += [f"unexpected: {_some(sorted(found - set(expected)))}"] if found - set(expected) else []
+    problems = [f"missing: {some_of(sorted(set(expected) - found))}"] if set(expected) - found else []
+    problems += [f"unexpected: {some_of(sorted(found - set(expected)))}"] if found - set(expected) else []
     weights: dict[str, Tensor] = {}
     misshapen = []
     names = [] if problems else checkpoint.names()
@@ -241,7 +241,7 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
             misshapen.append(f"{name} {tuple(part.shape)} instead of {expected[name]}")
         elif not misshapen:
             weights[name] = part.to(ranks.device, dtype).contiguous()
-    problems += [f"of another shape: {_some(misshapen)}"] if misshapen else []
+    problems += [f"of another shape: {some_of(misshapen)}"] if misshapen else []
     if problems:
         raise ValueError(
             f"the tensors in {checkpoint.path} are not those that its params.json describes; {'; '.join(problems)}. "
@@ -251,7 +251,7 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     model.requires_grad_(False)
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 

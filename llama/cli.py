@@ -25,13 +25,17 @@ from llama.checkpoint import open_checkpoint
 from llama.decoding import Event
 from llama.generation import EMBEDDED, Llama
 from llama.model import Transformer
+from llama.parallel import DTYPES
 from llama.prompts import Message, dialog, infilling
 
 FILL = "<FILL>"
 PATHS = {"ckpt_dir": str, "tokenizer_path": str}  # fire would read 1e3 as a number
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOMS = {
     "train": ("llama.train.cli:COMMANDS", "Trains a small checkpoint."),
+    "convert": ("llama.interop.convert:command", "Rewrites a checkpoint in another format or number of shards."),
+    "download": ("llama.interop.download:command", "Downloads a checkpoint from the Hugging Face hub."),
+    "check": ("llama.interop.check:command", "Says of each file of a checkpoint whether it is whole, and the remedy."),
+    "plan": ("llama.interop.plan:command", "What a run takes of memory, whether it fits, and what would."),
     "evals": ("llama.evals.cli:COMMANDS", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
 }
 """Verbs of the rooms: a function, or a table of them, and what they do. A room is imported when it is asked for."""

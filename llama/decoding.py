@@ -1,9 +1,9 @@
 """The loop: what turns a model that scores the next token into answers that grow.
 
 Prompts are read in one ragged pass (*prefill*: rows side by side, the longest first, in chunks, so that memory stays
-linear in the prompt); then every row gets a token at a time (*decode*), and a row that ends leaves. Between the two
-stands nothing but the scores of each row's next token. On several ranks all compute the same scores; rank 0 samples,
-and the others follow its tokens.
+linear in the prompt); then every row gets a token at a time (*decode*), or several where they could be guessed, and a
+row that ends leaves. Between the two stands nothing but the scores of each row's next token. On several ranks all
+compute the same scores; rank 0 samples, and the others follow its tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.cache import KVCache
+from llama.lookup import Lookup
 from llama.model import Transformer
 from llama.parallel import Ranks
 from llama.prompts import Prompt
@@ -27,6 +28,7 @@ Stop = str | int | Sequence[str | int]
 FinishReason = Literal["stop", "length", "refused"]
 """The model or a `stop` ended the answer; it reached max_gen_len or max_seq_len; the dialog was not answered."""
 STOPPED = -1  # in place of a token: rank 0 tells the others that nobody listens any more
+NOTHING = -2  # behind a row's last token, where another row has more
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,18 @@ class Event:
 class Answer:
     """One row's answer as it grows. Tokens whose text could still turn out to begin a stop string are held back."""
 
-    def __init__(self, row: int, prompt: Prompt, sampling: Sampling, limit: int, stop: Stop, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        row: int,
+        prompt: Prompt,
+        sampling: Sampling,
+        limit: int,
+        stop: Stop,
+        tokenizer: Tokenizer,
+        lookup: int = 0,
+    ) -> None:
         given = [stop] if isinstance(stop, (str, int)) else stop
+        self.lookup = Lookup(lookup)
         self.row, self.prompt, self.sampling, self.limit = row, prompt, sampling, limit
         self.stop_ids = prompt.stop | {s for s in given if isinstance(s, int)}
         self.stop_strings = StopStrings([s for s in given if isinstance(s, str)])
@@ -119,16 +131,18 @@ def decode(model: Transformer, ranks: Ranks, active: list[Answer], logits: Tenso
     stream has taken the cache's rows meanwhile.
     """
     cache, leads = model.own_cache(), ranks.leads
+    guesses: list[list[int]] = [[] for _ in active]
+    logits = logits.unsqueeze(1)  # (B, T, V): after each row's last token, and after those that were guessed
     while active:
         if leads:
-            chosen = sample(logits, [a.sampling for a in active], [a.generator for a in active])
+            chosen = choose(logits, guesses, active)
         else:
-            chosen = ranks.broadcast(torch.empty(len(active), dtype=torch.int64, device=logits.device))
+            chosen = ranks.broadcast(torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device))
         tokens = chosen.tolist()
-        if tokens[0] == STOPPED:
+        if tokens[0][0] == STOPPED:
             return False
-        found = logprobs_of(logits, chosen).tolist()
-        events = [a.take(token, p) for a, token, p in zip(active, tokens, found, strict=True)]
+        found = logprobs_of(logits, chosen.clamp_min(0)).tolist()
+        events = [event for a, *taken in zip(active, tokens, found, strict=True) for event in _take(a, *taken)]
         try:
             yield from (event for event in events if event.tokens or event.text or event.finish_reason)
         except GeneratorExit:
@@ -142,12 +156,41 @@ def decode(model: Transformer, ranks: Ranks, active: list[Answer], logits: Tenso
                 "another stream began on this model before this one had ended, and took the cache's rows: finish or "
                 "close a stream before the next, or build a second Llama"
             )
+        for a, guess, row in zip(active, guesses, tokens, strict=True):
+            a.lookup.learn(len(guess), sum(token != NOTHING for token in row) - 1)
         _drop_finished(active, cache)
         if active:
-            new = torch.tensor([a.tokens[-1:] for a in active], device=logits.device)  # (B, 1)
-            h = model.hidden(new, [len(a.tokens) - 1 for a in active], cache)
-            logits = model.logits(h[:, -1])
+            guesses = [a.lookup.guess(a.tokens) for a in active]
+            # What pads the shorter guesses needs a slot too.
+            longest = min(max(map(len, guesses)), cache.slots - max(len(a.tokens) for a in active))
+            guesses = [guess[:longest] for guess in guesses]
+            rows = [
+                a.tokens[-1:] + guess + [0] * (longest - len(guess)) for a, guess in zip(active, guesses, strict=True)
+            ]
+            starts = [len(a.tokens) - 1 for a in active]
+            logits = model.logits(model.hidden(torch.tensor(rows, device=logits.device), starts, cache))
     return True
+
+
+def choose(logits: Tensor, guesses: Sequence[list[int]], active: Sequence[Answer]) -> Tensor:
+    """Samples from logits (B, T, V) a token for each row, and as long as it is the one guessed, another: (B, T) ids,
+    NOTHING behind a row's last."""
+    chosen = torch.full(logits.shape[:2], NOTHING, device=logits.device)
+    rows = list(range(len(active)))
+    for t in range(logits.shape[1]):
+        picked = sample(logits[rows, t], [active[i].sampling for i in rows], [active[i].generator for i in rows])
+        chosen[rows, t] = picked
+        rows = [i for i, token in zip(rows, picked.tolist(), strict=True) if guesses[i][t : t + 1] == [token]]
+        if not rows:
+            break
+    return chosen
+
+
+def _take(answer: Answer, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
+    for token, logprob in zip(tokens, logprobs, strict=True):
+        if token == NOTHING or answer.finished:
+            return
+        yield answer.take(token, logprob)
 
 
 def _drop_finished(active: list[Answer], cache: KVCache) -> None:

@@ -6,6 +6,7 @@ hands out `Event`s as text becomes certain, and `generate` and the jobs collect 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -67,13 +68,16 @@ class Llama:
         ranks: Ranks | None = None,
         seed: int = 1,
         prefill_chunk: int = 512,
+        lookup: int = 0,
     ) -> None:
         """`prefill_chunk` tokens of each row are read at once: more is faster up to a point, and takes more memory.
-        `seed` begins the series of seeds for calls that don't give their own."""
+        `seed` begins the series of seeds for calls that don't give their own. `lookup` is how many tokens are guessed
+        at a time from what stands before (lookup.py): faster where code repeats itself, and the same text."""
         self.model = model
         self.tokenizer = tokenizer
         self.ranks = ranks or start(device=model.norm.weight.device)
         self.prefill_chunk = prefill_chunk
+        self.lookup = lookup
         self._seeds = torch.Generator().manual_seed(seed)
         self._last: Answer | None = None  # whose keys and values stand in row 0 of the cache
 
@@ -91,6 +95,8 @@ class Llama:
         seed: int = 1,
         rope_theta: float | None = None,
         rope_scaling: RopeScaling | None = None,
+        prefill_chunk: int = 512,
+        lookup: int = 0,
         timeout: float = 60.0,
     ) -> Llama:
         """Reads a checkpoint folder (default: the embedded one) onto this process, or onto the ranks of torchrun.
@@ -98,8 +104,9 @@ class Llama:
         The cache holds `max_batch_size` rows of `max_seq_len` tokens, prompt and answer together. `model_parallel_size`
         is the number of ranks that share the model (default: all), however many shards the folder has. `dtype` is
         bfloat16 on a GPU and float32 on a CPU unless given. `rope_theta` and `rope_scaling` replace params.json's.
-        `timeout` is how many seconds a rank waits for the others. Raises ValueError, on every rank, where the folder
-        is no whole checkpoint or does not fit its tokenizer or the ranks.
+        `prefill_chunk` and `lookup` are the constructor's. `timeout` is how many seconds a rank waits for the others.
+        Raises ValueError, on every rank, where the folder is no whole checkpoint or does not fit its tokenizer, the
+        ranks, or the memory.
 
         These are the steps, each public, for those who need others: parallel.start, checkpoint.open_checkpoint,
         Tokenizer, Transformer on the meta device, checkpoint.load, Llama.
@@ -120,10 +127,12 @@ class Llama:
                     f"{args.vocab_size} rows: use the tokenizer.model that came with this checkpoint "
                     "(the Python models have 32000 pieces, those that infill 32016)"
                 )
+            # What can't fit is refused here, before a byte is read; CODELLAMA_IGNORE_PLAN=1 lets it pass.
+            importlib.import_module("llama.interop.plan").require(args, ranks, dtype, prefill_chunk)
             with torch.device("meta"):
                 model = Transformer(args)
             load(model, checkpoint, ranks, dtype)
-        return cls(model, tokenizer, ranks=ranks, seed=seed)
+        return cls(model, tokenizer, ranks=ranks, seed=seed, prefill_chunk=prefill_chunk, lookup=lookup)
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -163,7 +172,7 @@ class Llama:
             room = self.model.args.max_seq_len - len(prompt.tokens)
             limit = room if max_gen_len is None else min(room, max_gen_len)
             sampling = Sampling(temperature, top_p, top_k, own_seed)
-            answers.append(Answer(row, prompt, sampling, limit, stop, self.tokenizer))
+            answers.append(Answer(row, prompt, sampling, limit, stop, self.tokenizer, self.lookup))
         return self._stream(answers, reuse)
 
     def _prompt(self, prompt: Prompt | str | Sequence[int]) -> Prompt:

@@ -24,6 +24,7 @@ from fairscale.nn.model_parallel import initialize as groups
 from fairscale.nn.model_parallel import layers
 from torch import Tensor, nn
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INIT_STD = 0.02  # of freshly made weights, normal; as GPT-2's
 
 

@@ -24,6 +24,7 @@ READING_ORDER = [
     "prompts",
     "sampling",
     "checkpoint",
+    "lookup",
     "decoding",
     "generation",
     "cli",

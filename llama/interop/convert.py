@@ -1,0 +1,378 @@
+"""A checkpoint in another format, another number of shards or another dtype, in one pass and little memory.
+
+Tensors come one at a time from whatever `open_checkpoint` opened, mapped, and go to disk some rows at a time. A Hugging
+Face folder's files are written so directly. A shard of the published format has to be given to `torch.save` whole, so
+its tensors are first laid one after the other into a scratch file, which is then mapped: they are in memory only as
+far as the system likes to keep pages of files. What is copied in private memory is a matrix that several shards hold
+parts of, to join them, and wq or wk, to reorder their rows, or both. So the peak is the model's largest tensor, or
+twice its wq, whichever is more, and a few megabytes, whatever the model's size. On the disk, the scratch file needs
+the room of one more shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from fire.decorators import SetParseFns
+from torch import Tensor
+from tqdm import tqdm
+
+from llama.checkpoint import Weights, open_checkpoint, some_of
+from llama.config import ModelArgs
+from llama.interop.gguf import QUANTS, write_gguf
+from llama.interop.huggingface import HuggingFace, to_config, trained_context, write_json
+from llama.interop.layout import shard_shapes, whole_shapes
+from llama.interop.names import ROTATED, to_halves, to_huggingface
+from llama.interop.tokenizer import write_tokenizer
+from llama.parallel import DTYPES
+
+FILE_BYTES = 5_000_000_000
+"""The most that a safetensors file of a Hugging Face folder holds; a single larger tensor has a file of its own."""
+
+CHUNK_BYTES = 2**22
+"""About as many bytes of a tensor are converted and written at once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a writer is given."""
+
+    weights: Weights
+    args: ModelArgs
+    shards: int
+    stored: torch.dtype
+    """What most of the source's tensors are stored in."""
+    dtype: torch.dtype | None
+    """What they shall be stored in; None: each as it is."""
+    advance: Callable[[int], object]
+    """To be told of each tensor's bytes as they are written."""
+    quant: str = "f16"
+    """What a GGUF file's matrices shall be stored in."""
+
+    def tensors(self, shard: int) -> Iterator[tuple[str, Tensor]]:
+        """A shard's tensors by Meta's names, one at a time, as they are stored. ValueError for one of another
+        shape than the architecture's."""
+        for name, shape in shard_shapes(self.args, self.shards, shard).items():
+            part = self.weights.tensor(name, self.args, shard, self.shards)
+            if tuple(part.shape) != shape:
+                raise ValueError(
+                    f"{name} in {self.weights.path} is {tuple(part.shape)} instead of {shape} (shard {shard} of "
+                    f"{self.shards}): take sizes and weights from the same checkpoint"
+                )
+            yield name, part
+            del part  # before the next one is made
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str = "hf",
+    shards: int = 1,
+    dtype: torch.dtype | None = None,
+    quant: str | None = None,
+    *,
+    progress: bool = False,
+) -> None:
+    """Writes the checkpoint `src`, of any format, as a new folder `dst`: to "hf" or, in `shards` files, to "meta"; or
+    to "gguf", as a new file.
+
+    `dtype` (default: as stored), or for "gguf" `quant` (default: f16), rounds, and nothing else does: there and back is
+    bit-exact. What is written stands under a temporary name beside `dst` until it is whole. Raises ValueError where
+    `dst` exists, `src` is no whole checkpoint, the model can't be cut into `shards`, or the disk has no room; then
+    nothing is left behind.
+    """
+    target = Path(dst)
+    if to not in WRITERS:
+        raise ValueError(f"--to {to} is unknown; there are {', '.join(WRITERS)}")
+    if shards < 1 or (to != "meta" and shards != 1):
+        raise ValueError(f"--shards {shards} with --to {to}: give 1 or more with --to meta, and none otherwise")
+    if (to == "gguf" and dtype is not None) or (to != "gguf" and quant is not None):
+        raise ValueError(f"--dtype {dtype} and --quant {quant} with --to {to}: gguf has --quant, the others --dtype")
+    if quant is not None and quant not in QUANTS:
+        raise ValueError(f"--quant {quant} is unknown; there are {', '.join(QUANTS)}")
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another name, or remove it")
+    weights = open_checkpoint(src)
+    args = weights.args()
+    _check_names(weights, args)
+    whole = sum(prod(shape) for shape in whole_shapes(args).values())
+    try:
+        parts = sum(prod(shape) for shard in range(shards) for shape in shard_shapes(args, shards, shard).values())
+    except ValueError as error:
+        raise ValueError(f"--shards {shards} can't be had: {error}") from error
+    stored = weights.tensor("tok_embeddings.weight", args).dtype
+    itemsize = {"f32": 4, "q8_0": 34 / 32}.get(quant or "", 2) if to == "gguf" else (dtype or stored).itemsize
+    needed = int(itemsize * (parts + (-(-whole // shards) if to == "meta" else 0)))
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(f"{place} has {free:,} bytes free; converting needs {needed:,}: make room there")
+    bar = tqdm(
+        total=int(itemsize * parts), desc="converting", unit="B", unit_scale=True, disable=not progress, leave=False
+    )
+    with bar, _appearing_whole(target, needed) as folder:
+        WRITERS[to](Job(weights, args, shards, stored, dtype, bar.update, quant or "f16"), folder)
+
+
+def _check_names(weights: Weights, args: ModelArgs) -> None:
+    expected, found = set(whole_shapes(args)), set(weights.names())
+    problems = [
+        f"{word}: {some_of(sorted(names))}"
+        for word, names in (("missing", expected - found), ("unexpected", found - expected))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the tensors in {weights.path} are not those that its sizes describe; {'; '.join(problems)}. "
+            "Take sizes and weights from the same checkpoint"
+        )
+
+
+@contextmanager
+def _appearing_whole(target: Path, needed: int) -> Iterator[Path]:
+    """A folder to write in, which takes its real name when the block ends and is removed if the block fails."""
+    # Beside the target, since a rename is atomic within one file system only.
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        alone = folder / ONE_FILE
+        (alone if alone.exists() else folder).rename(target)
+    except OSError as error:
+        raise ValueError(
+            f"{target} could not be written ({error.strerror or error}), and nothing of it is left; it needs about "
+            f"{needed:,} bytes in {target.parent}: make room there, or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Meta ----------------------------------------------------------------------------------------------------------------
+
+
+def write_meta(job: Job, folder: Path) -> None:
+    """params.json, consolidated.NN.pth and, where there is one, tokenizer.model."""
+    for shard in range(job.shards):
+        scratch = folder / "scratch"
+        own = _laid_out(job, shard, scratch)
+        try:
+            torch.save(own, folder / f"consolidated.{shard:02d}.pth")
+        except RuntimeError as error:  # so it reports what a write() has failed with
+            raise OSError(str(error).partition("\n")[0]) from error
+        scratch.unlink()
+    if job.weights.tokenizer_path.is_file():
+        shutil.copyfile(job.weights.tokenizer_path, folder / "tokenizer.model")
+    else:
+        warnings.warn(f"{job.weights.tokenizer_path} is missing, so the result has no tokenizer.model", stacklevel=3)
+    # Last, so that an unfinished folder is no checkpoint.
+    write_json(folder / "params.json", job.args.to_params())
+
+
+def _laid_out(job: Job, shard: int, path: Path) -> dict[str, Tensor]:
+    """A shard's tensors, lying in the file `path` and mapped from there, each in a storage of its own."""
+    places = []
+    with path.open("wb") as file:
+        for name, tensor in job.tensors(shard):
+            file.write(bytes(-file.tell() % 64))
+            dtype = job.dtype or tensor.dtype
+            places.append((name, dtype, tensor.shape, file.tell()))
+            job.advance(_write(file, tensor, dtype))
+            del tensor
+        size = file.tell()
+    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    return {
+        name: torch.empty(0, dtype=dtype).set_(mapped[at : at + shape.numel() * dtype.itemsize]).view(shape)
+        for name, dtype, shape, at in places
+    }
+
+
+def _write(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> int:
+    """Appends a tensor's numbers, row after row in `dtype`, and returns how many bytes they are."""
+    rows = max(1, CHUNK_BYTES * tensor.shape[0] // (tensor.numel() * dtype.itemsize))
+    chunks = (tensor[at : at + rows].to(dtype).contiguous() for at in range(0, len(tensor), rows))
+    return sum(file.write(chunk.view(torch.uint8).numpy().data) for chunk in chunks)
+
+
+# Hugging Face --------------------------------------------------------------------------------------------------------
+
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+class SafetensorsFile:
+    """A safetensors file that is written tensor by tensor: 8 bytes of the header's length, the header, the numbers.
+
+    The header is JSON that says where each tensor lies, so it is complete only at the end. Room for it is left at the
+    beginning and filled up with spaces, as the format allows
+    (https://github.com/huggingface/safetensors#format). Without the library, whose `save_file` wants all of a file's
+    tensors at once.
+    """
+
+    def __init__(self, path: Path, most: int) -> None:
+        """`most` tensors will be added at most."""
+        self.path = path
+        self.names: list[str] = []
+        self._room = 4096 + 256 * most
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._file = path.open("wb")
+        self._file.write(bytes(8 + self._room))
+        self.size = 0
+        """Bytes of numbers."""
+
+    def add(self, name: str, tensor: Tensor, dtype: torch.dtype) -> int:
+        """Writes a tensor in `dtype` and returns its bytes. ValueError for a dtype that is no usual one of weights."""
+        if dtype not in CODES:
+            raise ValueError(f"{name} is {dtype}; choose a dtype of {', '.join(map(str, CODES))}")
+        size = _write(self._file, tensor, dtype)
+        place = [self.size, self.size + size]
+        self._header[name] = {"dtype": CODES[dtype], "shape": list(tensor.shape), "data_offsets": place}
+        self.names.append(name)
+        self.size += size
+        return size
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._file:
+            if kind is None:
+                header = json.dumps(self._header).encode()
+                assert len(header) <= self._room
+                self._file.seek(0)
+                self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+
+
+def write_huggingface(job: Job, folder: Path) -> None:
+    """*.safetensors (with an index where they are several), config.json, generation_config.json, and what
+    AutoTokenizer reads."""
+    _write_safetensors(job, folder)
+    config = to_config(job.args, job.dtype or job.stored) | {"bos_token_id": 1, "eos_token_id": 2}
+    ends = config["eos_token_id"]
+    if isinstance(job.weights, HuggingFace):
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+        config |= {key: job.weights.config[key] for key in kept if key in job.weights.config}
+        ends = config["eos_token_id"]
+        _copy_beside(job.weights.path, folder)
+    elif job.weights.tokenizer_path.is_file():
+        tokenizer = write_tokenizer(job.weights.tokenizer_path, folder, config["max_position_embeddings"])
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        # transformers has one set of ids to stop at, whatever the prompt: what ends an answer of any job.
+        ends = [end for end in (tokenizer.eos_id, tokenizer.eot_id, tokenizer.step_id) if end is not None]
+    else:
+        warnings.warn(f"{job.weights.tokenizer_path} is missing, so the result has no tokenizer", stacklevel=3)
+    if not (folder / "generation_config.json").is_file():
+        generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": ends}
+        write_json(folder / "generation_config.json", generation)
+    # Last, so that an unfinished folder is no checkpoint.
+    write_json(folder / "config.json", config)
+
+
+def _write_safetensors(job: Job, folder: Path) -> None:
+    most = len(whole_shapes(job.args))
+    files: list[SafetensorsFile] = []
+    tensors = job.tensors(0)
+    held = next(tensors, None)
+    while held is not None:
+        with SafetensorsFile(folder / f"{len(files)}.part", most) as file:
+            while held is not None and (not file.size or file.size + _size(job, held[1]) <= FILE_BYTES):
+                name, tensor = held
+                theirs = to_huggingface(name)
+                assert theirs is not None
+                tensor = to_halves(tensor, job.args.head_dim) if ROTATED.fullmatch(name) else tensor
+                job.advance(file.add(theirs, tensor, job.dtype or tensor.dtype))
+                del tensor, held  # before the next one is made
+                held = next(tensors, None)
+        files.append(file)
+    if len(files) == 1:
+        files[0].path.rename(folder / "model.safetensors")
+        return
+    placed: dict[str, str] = {}
+    for number, file in enumerate(files, 1):
+        real = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.path.rename(folder / real)
+        placed |= dict.fromkeys(file.names, real)
+    index = {"metadata": {"total_size": sum(file.size for file in files)}, "weight_map": dict(sorted(placed.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _size(job: Job, tensor: Tensor) -> int:
+    return tensor.numel() * (job.dtype or tensor.dtype).itemsize
+
+
+_BESIDE = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """What a Hugging Face folder has besides its weights is another one's too, as it is."""
+    for name in _BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+# GGUF ----------------------------------------------------------------------------------------------------------------
+
+ONE_FILE = "model.gguf"
+"""What a writer that makes a single file calls it: it alone takes the name that was asked for."""
+
+
+def write_one_file(job: Job, folder: Path) -> None:
+    """A GGUF file with the tokenizer in it."""
+    context = trained_context(job.args)
+    if isinstance(job.weights, HuggingFace):
+        context = job.weights.config.get("max_position_embeddings", context)
+    tokenizer = job.weights.tokenizer_path
+    if not tokenizer.is_file():
+        warnings.warn(f"{tokenizer} is missing, so the result has no tokenizer", stacklevel=2)
+    shapes = whole_shapes(job.args)
+    write_gguf(folder / ONE_FILE, job.args, shapes, job.tensors(0), job.quant, context, tokenizer, job.advance)
+
+
+WRITERS: dict[str, Callable[[Job, Path], None]] = {
+    "hf": write_huggingface,
+    "meta": write_meta,
+    "gguf": write_one_file,
+}
+"""Formats that can be written, by the word for --to."""
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@SetParseFns(src=str, dst=str)  # type: ignore[untyped-decorator]
+def command(
+    src: str, dst: str, *, to: str, shards: int = 1, dtype: str | None = None, quant: str | None = None
+) -> None:
+    """Writes the checkpoint SRC, of any format, as a new folder DST, or as a new file with --to gguf.
+
+    Args:
+        src: a folder in Meta's or Hugging Face's format, or a .gguf file.
+        dst: what doesn't exist yet.
+        to: hf, meta or gguf.
+        shards: into how many files to cut (with --to meta).
+        dtype: float32, bfloat16 or float16 (default: as stored).
+        quant: f32, f16, bf16 or q8_0 (with --to gguf; default: f16).
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
+    convert(src, dst, to, shards, None if dtype is None else DTYPES[dtype], quant, progress=True)
+    print(f"{dst}: written in the format {to}")

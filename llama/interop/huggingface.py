@@ -1,0 +1,312 @@
+"""Hugging Face folders as checkpoints: config.json with *.safetensors or pytorch_model*.bin.
+
+`open_weights` gives what the core's `load` asks of any checkpoint: names, sizes, and any rank's part of a parameter.
+The files are mapped into memory and never read whole. A part is a view of the map wherever the formats agree; of the
+queries' and keys' matrices, whose rows stand in another order (names.py), it is a copy of the rank's own heads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint import CUT, open_shard, read_params, recut, some_of
+from llama.config import ModelArgs, RopeScaling
+from llama.interop.names import ROTATED, to_huggingface, to_meta, to_pairs
+from llama.rope import spectrum
+
+Read = Callable[[], Tensor]
+_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files; what it held follows from config.json
+
+
+def open_weights(path: Path) -> HuggingFace:
+    """A Hugging Face folder, opened but not read. Raises ValueError as `HuggingFace` does."""
+    return HuggingFace(path)
+
+
+class HuggingFace:
+    """The weights of a Hugging Face folder under Meta's names, as `llama.checkpoint.Weights` asks for them.
+
+    Raises ValueError, naming the file and the remedy, for a folder without weights, an index that names a file or a
+    tensor that isn't there, a missing part, and a file that is incomplete or is something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_params(path / "config.json")
+        files = _weight_files(path)
+        self._n_files = len(files)
+        self._tensors: dict[str, Read] = {}
+        for file in files:
+            tensors = _map_safetensors(file) if file.suffix == ".safetensors" else _map_pickle(file)
+            self._tensors |= {name: read for name, read in tensors.items() if not _UNUSED.fullmatch(name)}
+        self._check_index()
+
+    @property
+    def n_shards(self) -> int:
+        """How many files the weights come in."""
+        return self._n_files
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.model"
+
+    @property
+    def _tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    def names(self) -> list[str]:
+        """The parameters' names, Meta's; what has no such name keeps its own, so that `load` can say so."""
+        names = [to_meta(name) or name for name in self._tensors]
+        return [*names, "output.weight"] if self._tied and "output.weight" not in names else names
+
+    def args(self, **limits: Any) -> ModelArgs:
+        """The architecture that config.json describes; its vocabulary is the embedding's own.
+
+        Raises ValueError for what the core can't run: another kind of model, biases, quantised weights, heads of
+        another size, an unknown scaling of RoPE.
+        """
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise ValueError(
+                f"{self.path} has no model.embed_tokens.weight but {some_of(list(self._tensors))}: it does not hold a "
+                "Llama with its language-model head; use the folder of a LlamaForCausalLM"
+            )
+        try:
+            args = ModelArgs(**sizes(self.config), vocab_size=embedding().shape[0], **limits)
+            spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path / 'config.json'}: {error}") from error
+        return args
+
+    def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
+        """Rank `rank`'s part, of `world_size`, of a parameter by Meta's name; a view into the file, but for wq and wk.
+
+        Raises ValueError where the tensor's shape has nothing to do with its name, or it can't be cut so.
+        """
+        whole = self._tensors[self._key(name)]()
+        cut = CUT.get(name.split(".")[-2]) if name.count(".") else None
+        heads = args.head_dim if ROTATED.fullmatch(name) else 1
+        if (cut is not None and whole.dim() != 2) or whole.shape[:1].numel() % heads:
+            raise ValueError(
+                f"{self._key(name)} in {self.path} has the shape {tuple(whole.shape)}, which fits neither its name nor "
+                "config.json: take both from the same checkpoint"
+            )
+        part = recut(name, [whole], rank, world_size, args.n_kv_heads, args.head_dim)
+        return to_pairs(part, args.head_dim) if heads > 1 else part
+
+    def _key(self, name: str) -> str:
+        if name == "output.weight" and self._tied:
+            return "model.embed_tokens.weight"
+        return to_huggingface(name) or name
+
+    def _check_index(self) -> None:
+        for index in _indices(self.path):
+            absent = sorted(set(_weight_map(index)) - set(self._tensors))
+            absent = [name for name in absent if not _UNUSED.fullmatch(name)]
+            if absent:
+                raise ValueError(
+                    f"{index} names tensors that are in none of its files ({some_of(absent)}): index and files belong "
+                    "to different checkpoints; download all of them again"
+                )
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the weights: one that is whole, else those that an index names, else those whose names say so;
+    safetensors before .bin."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    for index in _indices(folder):
+        files = sorted({folder / file for file in _weight_map(index).values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {some_of(missing)}, which {index.name} names: download what is missing")
+        return files
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        found = sorted(folder.glob(pattern))
+        if found:
+            _check_parts(folder, found)
+            return found
+    raise ValueError(
+        f"{folder} has a config.json but neither *.safetensors nor pytorch_model*.bin: download the weights as well"
+    )
+
+
+def _indices(folder: Path) -> list[Path]:
+    """The index that holds, in a list; safetensors' own before that of .bin files."""
+    if (folder / "model.safetensors").is_file():  # one file needs none, and one beside it is left over
+        return []
+    names = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    return [folder / name for name in names if (folder / name).is_file()][:1]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to file name."""
+    found = read_params(index).get("weight_map")
+    if not isinstance(found, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in found.values()
+    ):
+        raise ValueError(f"{index} has no weight_map from tensors to files of its folder: download it again")
+    return found
+
+
+def _check_parts(folder: Path, files: list[Path]) -> None:
+    """model-00002-of-00003: says which of the parts are missing."""
+    present = {int(m[1]): int(m[2]) for file in files if (m := re.search(r"-(\d+)-of-(\d+)\.", file.name))}
+    missing = sorted(set(range(1, max(present.values(), default=0) + 1)) - set(present))
+    if missing:
+        raise ValueError(f"{folder} lacks parts {missing} of {max(present.values())}: download what is missing")
+
+
+def _map_safetensors(path: Path) -> dict[str, Read]:
+    """Each tensor of a file by its name, to be mapped when it is wanted."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError("reading *.safetensors needs a package: pip install 'codellama[hf]'") from None
+    try:
+        # On a CPU, tensors and slices of them are views of the mapped file; nothing is read here but the header.
+        file: Any = safe_open(path, framework="pt")
+        names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) can't be read: most likely an incomplete download, or a web page "
+            f"or Git LFS pointer in its place. Delete the file and download it again. ({error})"
+        ) from error
+
+    def reader(name: str) -> Read:
+        def read() -> Tensor:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+        return read
+
+    return {name: reader(name) for name in names}
+
+
+def _map_pickle(path: Path) -> dict[str, Read]:
+    """The same of a .bin file, which holds tensors only and can run no code."""
+
+    def reader(tensor: Tensor) -> Read:
+        return lambda: tensor
+
+    return {name: reader(tensor) for name, tensor in open_shard(path).items()}
+
+
+# config.json ---------------------------------------------------------------------------------------------------------
+
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json's contents as arguments of ModelArgs; ValueError for what the core can't run."""
+    found = config.get("model_type")
+    if found != "llama":
+        raise ValueError(
+            f"model_type is {found!r}; only 'llama' can be loaded: choose a checkpoint of that architecture"
+        )
+    missing = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
+    if missing:
+        raise ValueError(f"it lacks whole numbers for {', '.join(missing)}: download it again")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ValueError(f"{key} is {config[key]!r}; Code Llama's layers have no biases, so it must be false")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' can be loaded")
+    if config.get("quantization_config"):
+        raise ValueError("it has a quantization_config; take the weights in bfloat16, float16 or float32 instead")
+    n_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim")
+    if head_dim is not None and head_dim * n_heads != config["hidden_size"]:
+        raise ValueError(
+            f"head_dim is {head_dim}, but hidden_size {config['hidden_size']} for num_attention_heads {n_heads} gives "
+            f"{config['hidden_size'] / n_heads:g}; only heads of that size can be loaded"
+        )
+    theta, scaling = _rope(config)
+    return {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": n_heads,
+        "n_kv_heads": config.get("num_key_value_heads"),
+        "hidden_dim": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),  # transformers' own default, unlike Llama's 1e-5
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
+
+
+def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from either spelling: rope_theta and rope_scaling (transformers 4), rope_parameters (5)."""
+    both = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    if not all(isinstance(part, dict) for part in both):
+        raise ValueError(f"rope_parameters or rope_scaling is no object: {both}")
+    merged = {key: value for part in both for key, value in part.items() if value is not None}
+    theta = merged.pop("rope_theta", config.get("rope_theta") or 10000.0)
+    old_name = merged.pop("type", "default")
+    name = merged.pop("rope_type", old_name)
+    partial = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        merged["partial_rotary_factor"] = partial  # which the core refuses by name
+    trained = config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
+    if name in ("yarn", "llama3"):
+        merged.setdefault("original_max_position_embeddings", trained)
+    if name == "dynamic":
+        # There, transformers takes the trained context from max_position_embeddings alone.
+        merged["original_max_position_embeddings"] = config.get("max_position_embeddings", 2048)
+    return float(theta), None if name == "default" and not merged else {"rope_type": name, **merged}
+
+
+def trained_context(args: ModelArgs) -> int:
+    """Tokens that a model was made for, as config.json wants to know. Meta's files don't say; what scaling says is
+    taken, or else the published 16,384 of theta 1e6 and 4,096 of a lower one."""
+    scaling = args.rope_scaling or {}
+    name = scaling.get("rope_type", scaling.get("type", "default"))
+    original = scaling.get("original_max_position_embeddings", 16384 if args.rope_theta >= 1e6 else 4096)
+    return int(original if name == "dynamic" else original * scaling.get("factor", 1))
+
+
+def to_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    """The contents of a config.json, but for the special ids. RoPE is spelled as transformers 4 does, which 5 and other
+    programs read too."""
+    theta, scaling = args.rope_theta, dict(args.rope_scaling or {})
+    old_name = scaling.pop("type", "default")
+    name = scaling.pop("rope_type", old_name)
+    if name == "ntk":  # by its definition a larger theta, and no scheme of transformers'
+        theta *= scaling["factor"] ** (args.head_dim / (args.head_dim - 2))
+        name = "default"
+    if name == "dynamic":
+        scaling.pop("original_max_position_embeddings")  # it is max_position_embeddings
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": trained_context(args),
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": None if name == "default" else {"rope_type": name, **scaling},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,161 @@
+"""What a run takes of each rank's memory, from the architecture alone.
+
+Four things lie in memory. *Weights*: this rank's part of every matrix. *KV cache*: 2 x layers x rows x slots x kv
+heads x head_dim numbers, allocated whole before the first token. *Tables*: cos and sin of every position, float32.
+And *activations*, which come and go. Their peak is the largest of a few moments of one layer, since a layer's are gone
+before the next one's come. With n = B·T new tokens, e bytes a number, d = dim, f = hidden_dim / ranks, q = H·D and
+k = K·D of this rank, s = n·d·e (one stream), and w = 4 where e is 2, else 0 (a copy in float32):
+
+    held throughout   mask T·S·e, rotations 4·T·D, and while there are chunks to come the last one's n·d·e
+    turning k         2s + n·e·(2q + 2k) + n·k·(w + 8)     x, its norm, q old and new, k, v; pairs in float32
+    turning q         2s + n·e·(q + 2k) + n·q·(w + 8)
+    attention         2s + n·e·(q + 2k) + n·e·q            and the result; with grouped heads again, put in order
+    feed-forward      3s + 3·n·f·e                         x, h, its norm; silu(gate), up and their product
+    the norm before   2s + n·d·(8, or 12 where e is 2)     what is normed in float32, and the result
+
+With grouped heads and several rows attention has q once more, and in decode, where each row has a mask of its own, the
+mask once more for each kv head.
+
+The kernel is PyTorch's scaled_dot_product_attention, which keeps no (T, S) scores; only the mask is that large, and
+only where something stands before the chunk. Prefill is all this with T = the chunk, and the scores of the last
+positions; decode with T = 1, and the sampling of B·V float32 scores, which at its worst (a nucleus) has ten such arrays
+at once, 40 bytes a score. The largest of these moments, not their sum, is added to what stays. `Llama.score`
+(log-probabilities of a prompt) is not planned: it takes about 16 bytes x chunk x V more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from llama.config import ModelArgs
+from llama.interop.layout import shard_shapes
+
+Quantization = Literal["int8", "int4"]
+Device = Literal["cuda", "cpu"]
+GROUP = 32  # int4 weights that share a scale and a zero point
+WORKSPACE = 32 * 2**20
+"""What cuBLAS takes through PyTorch's allocator, on Hopper; 8 MiB on older GPUs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses besides max_seq_len and max_batch_size."""
+
+    model_parallel_size: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    """Of the weights and activations."""
+    kv_dtype: torch.dtype | None = None
+    """Of the cache; None: as `dtype`."""
+    quantize: Quantization | None = None
+    prefill_chunk: int = 512
+    device: Device = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("model_parallel_size", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.quantize not in (None, "int8", "int4"):
+            raise ValueError(f"quantize is {self.quantize!r}; choose int8 or int4, or leave it out")
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"device is {self.device!r}; plan for cuda or cpu")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An architecture with its limits, settings, and the bytes that each rank needs for them."""
+
+    args: ModelArgs
+    settings: Settings
+    weights: int
+    kv_cache: int
+    tables: int
+    making_tables: int
+    """While the tables are made, beside all that stays: on a CPU they are computed in float64."""
+    prefill: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        """The peak: what stays, and the largest of what comes and goes."""
+        return self.weights + self.kv_cache + self.tables + max(self.making_tables, self.prefill, self.decode)
+
+
+def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
+    """The bytes of rank 0, the same on every rank, for prompts and answers that fill the cache of `args`.
+
+    Raises ValueError where the vocabulary is not known, or the model can't be shared by so many ranks.
+    """
+    settings = settings or Settings()
+    if args.vocab_size < 1:
+        raise ValueError(f"vocab_size is {args.vocab_size}; give the number of rows of the embedding")
+    ranks, width = settings.model_parallel_size, settings.dtype.itemsize
+    stored = settings.kv_dtype or settings.dtype
+    slots, rows, half = args.max_seq_len, args.max_batch_size, args.head_dim // 2
+    kv_heads = max(1, args.n_kv_heads // ranks)
+    chunk = min(settings.prefill_chunk, slots)
+    rest = slots % chunk
+    whole = activation_bytes(args, settings, rows, chunk, slots - rest)  # the last whole chunk, and what follows it
+    reading = max(whole, activation_bytes(args, settings, rows, rest, slots) if rest else 0)
+    workspace = WORKSPACE if settings.device == "cuda" else 0
+    vocabulary = args.vocab_size * (width + (width + width // ranks) * (ranks > 1) + 4 * (width < 4))
+    stream = args.dim * width
+    # The last chunk's hidden states, of each row its last one, twice, and the scores.
+    last = rows * (chunk * stream + 2 * stream + vocabulary)
+    return Plan(
+        args=args,
+        settings=settings,
+        weights=weight_bytes(args, settings),
+        kv_cache=2 * args.n_layers * rows * slots * kv_heads * args.head_dim * stored.itemsize,
+        tables=2 * slots * half * 4,
+        # The angles, and in turn cos, sin and their scaled copies, in float64.
+        making_tables=slots * half * 32 if settings.device == "cpu" else 0,
+        prefill=workspace + 8 * rows * slots + max(reading, last),
+        decode=workspace + max(activation_bytes(args, settings, rows, 1, slots), 40 * rows * args.vocab_size),
+    )
+
+
+def weight_bytes(args: ModelArgs, settings: Settings) -> int:
+    """Of one rank. int8: a byte a weight, and a scale for each output row. int4: half a byte, and a scale and a zero
+    point in bfloat16 for each 32 weights of a row. The embedding and the norms stay in the dtype."""
+    one_layer = dataclasses.replace(args, n_layers=1)  # all layers are alike
+    total = 0
+    for name, shape in shard_shapes(one_layer, settings.model_parallel_size).items():
+        count = args.n_layers if name.startswith("layers.") else 1
+        if settings.quantize is None or len(shape) == 1 or name.startswith("tok_embeddings"):
+            size = math.prod(shape) * settings.dtype.itemsize
+        elif settings.quantize == "int8":
+            size = math.prod(shape) + shape[0] * settings.dtype.itemsize
+        else:
+            size = -(-math.prod(shape) // 2) + shape[0] * -(-shape[1] // GROUP) * 2 * 2
+        total += count * size
+    return total
+
+
+def activation_bytes(args: ModelArgs, settings: Settings, rows: int, T: int, S: int) -> int:
+    """The peak within one layer for T new tokens of each row that see up to S slots: the formulas above."""
+    ranks, e, D = settings.model_parallel_size, settings.dtype.itemsize, args.head_dim
+    n, heads, kv_heads = rows * T, args.n_heads // ranks, max(1, args.n_kv_heads // ranks)
+    q, k, hidden = n * heads * D, n * kv_heads * D, n * args.hidden_dim // ranks
+    stream, wide = n * args.dim * e, 4 if e < 4 else 0
+    grouped = kv_heads < heads
+    aligned = T > 1  # the chunks of a prefill begin at the same position in every row
+    square = T == S and aligned
+    mask_rows = 1 if aligned else rows
+    mask = 0 if square else mask_rows * T * S * e
+    copied_mask = mask * kv_heads if grouped and not aligned and rows > 1 else 0
+    attended = q * e * (1 + grouped + (grouped and rows > 1)) + copied_mask
+    making_mask = 0 if square else mask_rows * T * S
+    held = stream * (S > T > 1) + mask_rows * T * D * 4 + mask
+    moments = (
+        2 * stream + e * (2 * q + 2 * k) + k * (wide + 8),
+        2 * stream + e * (q + 2 * k) + q * (wide + 8),
+        2 * stream + e * (q + 2 * k) + max(attended, making_mask),
+        3 * stream + 3 * hidden * e,
+        2 * stream + n * args.dim * (8 if e == 4 else 8 + 2 * e),
+    )
+    return held + max(moments)

@@ -1,0 +1,299 @@
+"""Plans: the published sizes, what PyTorch really allocates, and suggestions that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reference
+from fixtures_text import ARGS
+from llama import Llama, Transformer, checkpoint
+from llama.config import PRESETS, ModelArgs
+from llama.interop import plan as module
+from llama.interop.layout import read_args, shard_shapes, whole_shapes
+from llama.interop.measure_plan import compare
+from llama.interop.memory import Settings, plan, weight_bytes
+from llama.interop.plan import alternatives, changed, command, difference, fits, parse_size, require, verdict
+from llama.parallel import Ranks
+from llama.tokenizer import Tokenizer
+
+GB = 10**9
+
+
+def preset(name: str, **limits: Any) -> ModelArgs:
+    return ModelArgs(**{**PRESETS[name], "max_seq_len": 4096, "max_batch_size": 1, **limits})
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "kv_a_token"),
+    [("7B", 6.739, 524_288), ("13B", 13.016, 819_200), ("34B", 33.744, 196_608), ("70B", 68.977, 327_680)],
+)
+def test_published_parameters_and_cache_of_a_token(name: str, billions: float, kv_a_token: int) -> None:
+    planned = plan(preset(name, max_seq_len=1000, max_batch_size=3))
+    assert round(planned.weights / 2 / 1e9, 3) == billions
+    assert planned.kv_cache == kv_a_token * 1000 * 3
+    assert plan(preset(name), Settings(kv_dtype=torch.float8_e4m3fn)).kv_cache == kv_a_token * 4096 // 2
+
+
+@pytest.mark.parametrize("n_kv_heads", [8, 2])
+def test_the_shapes_are_the_models_own(n_kv_heads: int) -> None:
+    args = dataclasses.replace(ARGS, n_kv_heads=n_kv_heads)
+    with torch.device("meta"):
+        model = Transformer(args)
+    assert whole_shapes(args) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    split = checkpoint.split(reference.random_weights(args), args, 4)
+    assert shard_shapes(args, 4, 3) == {name: tuple(part.shape) for name, part in split[3].items()}
+
+
+@pytest.mark.parametrize("name", ["7B", "70B"])
+def test_ranks_share_what_is_cut(name: str) -> None:
+    one, eight = plan(preset(name)), plan(preset(name), Settings(model_parallel_size=8))
+    whole = one.args.dim * (2 * one.args.n_layers + 1) * 2  # the norms, which each rank holds
+    assert eight.weights == (one.weights - whole) // 8 + whole
+    assert eight.kv_cache * 8 == one.kv_cache
+    assert eight.prefill < one.prefill
+
+
+def test_more_ranks_than_kv_heads_hold_one_each() -> None:
+    one, sixteen = plan(preset("34B")), plan(preset("34B"), Settings(model_parallel_size=16))
+    assert sixteen.kv_cache == one.kv_cache // 8
+
+
+def test_quantized_weights_leave_embedding_and_norms() -> None:
+    args = ModelArgs(dim=64, n_layers=1, n_heads=2, vocab_size=96, hidden_dim=128)
+    matrices = 4 * 64 * 64 + 3 * 64 * 128 + 96 * 64
+    kept = (96 * 64 + 3 * 64) * 2
+    assert weight_bytes(args, Settings()) == 2 * matrices + kept
+    assert weight_bytes(args, Settings(quantize="int8")) == matrices + kept + 2 * (5 * 64 + 2 * 128 + 96)
+    assert weight_bytes(args, Settings(quantize="int4")) == matrices // 2 + kept + 4 * matrices // 32
+
+
+def test_memory_is_linear_in_the_context() -> None:
+    sizes = [plan(preset("7B", max_seq_len=n)).total for n in (32_768, 65_536, 98_304)]
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.01)
+
+
+# --- what a run really allocates ---------------------------------------------------------------------------------
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `run` held at once: every allocation that PyTorch's CPU allocator reports."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+NARROW = {"hidden_dim": 64}  # attention is what counts, not the feed-forward layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("changes", "rows", "slots", "chunk"),
+    [
+        ({"n_kv_heads": 8, "hidden_dim": 344}, 1, 512, 512),
+        ({"n_kv_heads": 8, **NARROW}, 1, 512, 512),
+        ({"n_kv_heads": 8, **NARROW}, 3, 600, 128),
+        ({"n_kv_heads": 2, "hidden_dim": 344}, 3, 600, 128),
+        ({"n_kv_heads": 2, **NARROW}, 3, 600, 256),
+        ({"n_kv_heads": 2, **NARROW}, 1, 1500, 512),  # the last chunk, not a whole one, is the largest moment
+    ],
+)
+def test_a_plan_is_what_a_run_allocates(
+    tokenizer: Tokenizer, changes: dict[str, int], rows: int, slots: int, chunk: int, dtype: torch.dtype
+) -> None:
+    args = ModelArgs(
+        dim=128,
+        n_layers=2,
+        n_heads=8,
+        vocab_size=tokenizer.n_words,
+        max_batch_size=rows,
+        max_seq_len=slots,
+        **changes,  # type: ignore[arg-type]
+    )
+    llama = Llama(Transformer(args).to(dtype).requires_grad_(False), tokenizer, prefill_chunk=chunk)
+    prompts = [[7 + i % 900 for i in range(slots - 2)]] * rows
+    planned = plan(args, Settings(dtype=dtype, prefill_chunk=chunk, device="cpu"))
+    measured = allocated(lambda: list(llama.stream(prompts, 2, seed=1)))
+    assert (planned.total - planned.weights) / measured == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.parametrize("slots", [512, 2048])
+def test_a_plan_is_what_the_embedded_checkpoint_takes(slots: int, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(shapes="embedded", slots=slots, rows=4)
+    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert result["ratio"] == pytest.approx(1, abs=0.05)
+
+
+# --- what fits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "settings", "memory"),
+    [
+        ("7B", {"max_seq_len": 100_000}, {}, 40 * GB),
+        ("7B", {}, {"dtype": torch.float32}, 24 * GB),
+        ("34B", {"max_batch_size": 64}, {}, 80 * GB),
+        ("70B", {"max_seq_len": 100_000}, {"model_parallel_size": 2}, 80 * GB),
+        ("70B", {"max_seq_len": 100_000, "max_batch_size": 8}, {}, 48 * GB),
+    ],
+)
+def test_suggestions_fit_and_are_the_nearest(
+    name: str, limits: dict[str, int], settings: dict[str, Any], memory: int
+) -> None:
+    planned = plan(preset(name, **limits), Settings(**settings))
+    assert not fits(planned, memory)
+    found = alternatives(planned, memory)
+    assert found
+    for other in found:
+        assert fits(other, memory)
+        assert other == plan(other.args, other.settings)
+        assert difference(planned, other).startswith("--")
+        # One step back, and it would not fit.
+        for limit, step in (("max_seq_len", 128), ("max_batch_size", 1)):
+            if getattr(other.args, limit) < getattr(planned.args, limit):
+                assert not fits(changed(other, **{limit: getattr(other.args, limit) + step}), memory)
+        if other.settings.model_parallel_size > planned.settings.model_parallel_size:
+            halved = other.settings.model_parallel_size // 2
+            assert halved < planned.settings.model_parallel_size or not fits(
+                changed(other, model_parallel_size=halved), memory
+            )
+
+
+def test_where_nothing_would_do_nothing_is_suggested() -> None:
+    assert alternatives(plan(preset("70B")), GB // 10) == []
+    assert "nor would one row" in verdict(plan(preset("70B")), GB // 10)
+
+
+def test_the_verdict_says_what_to_type() -> None:
+    planned = plan(preset("7B", max_seq_len=100_000))
+    assert verdict(planned, 80 * GB).startswith("fits: ")
+    said = verdict(planned, 40 * GB)
+    assert said.startswith("does not fit")
+    assert "--max_seq_len " in said
+    assert "--model_parallel_size 2" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"model_parallel_size": 3}, "3 ranks"),
+        ({"model_parallel_size": 64}, "64 ranks"),
+        ({"model_parallel_size": 0}, "model_parallel_size"),
+        ({"quantize": "int2"}, "int2.*int8 or int4"),
+        ({"prefill_chunk": 0}, "prefill_chunk"),
+        ({"device": "tpu"}, "tpu"),
+    ],
+)
+def test_settings_that_can_not_be_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan(preset("7B"), Settings(**settings))
+
+
+def test_a_vocabulary_is_needed() -> None:
+    with pytest.raises(ValueError, match="vocab_size"):
+        plan(ModelArgs())
+
+
+def test_build_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    monkeypatch.setattr(module, "free_memory", lambda device: 8 * GB)
+    with pytest.raises(
+        ValueError, match=r"13\.48 GB of weights.*8\.00 GB free.*--quantize int4.*CODELLAMA_IGNORE_PLAN"
+    ):
+        require(preset("7B"), ranks, torch.bfloat16)
+    monkeypatch.setenv("CODELLAMA_IGNORE_PLAN", "1")
+    require(preset("7B"), ranks, torch.bfloat16)
+    monkeypatch.delenv("CODELLAMA_IGNORE_PLAN")
+    monkeypatch.setattr(module, "free_memory", lambda device: None)
+    require(preset("7B"), ranks, torch.bfloat16)
+    monkeypatch.undo()
+    require(dataclasses.replace(ARGS, max_seq_len=16), ranks, torch.float32)  # on this machine
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * GB), ("80gb", 80 * GB), ("79.5GiB", int(79.5 * 2**30)), ("512 MB", 512 * 10**6), ("1024", 1024)],
+)
+def test_sizes_as_they_are_written(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "80 apples", "-1GB", "0"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="80GB"):
+        parse_size(text)
+
+
+def test_the_command_plans_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    command("7b", max_seq_len=100_000, max_batch_size=1, device_memory="80GB")
+    out = capsys.readouterr().out
+    assert "13.48 GB" in out  # weights
+    assert "52.43 GB" in out  # KV cache
+    assert "fits: " in out
+    command("34B", max_seq_len=100_000, max_batch_size=1, model_parallel_size=2, device_memory="40GB")
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_command_plans_a_folder_without_weights(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = {"dim": 64, "n_layers": 2, "n_heads": 8, "hidden_dim": 96, "vocab_size": -1}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
+        read_args(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    assert read_args(tmp_path).vocab_size == Tokenizer(tokenizer_path).n_words
+    command(str(tmp_path), device="cpu", device_memory="1GB")
+    assert "fits: " in capsys.readouterr().out
+
+
+def test_a_config_json_is_the_same_architecture(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan(read_args(tmp_path)).weights == plan(preset("34B")).weights
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"config\.json: .*bert"):
+        read_args(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "named"),
+    [
+        ("8B", {}, "7B, 13B, 34B, 70B"),
+        ("7B", {"dtype": "int3"}, "--dtype int3"),
+        ("7B", {"kv_dtype": "fp4"}, "--kv_dtype fp4"),
+    ],
+)
+def test_words_that_mean_nothing_are_named(model: str, options: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        command(model, **options)
