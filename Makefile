@@ -1,5 +1,5 @@
 # What is run often. `make` alone lists it.
-.PHONY: help install test test-all lint format
+.PHONY: help install test test-all golden lint format
 
 help:
 	@grep -E '^[a-z-]+:.*#' Makefile | sed 's/:.*#/\t/'
@@ -12,6 +12,9 @@ test: # the default tests: minutes on two cores
 
 test-all: # and the slow ones
 	pytest -m ''
+
+golden: # what the scripts print with the embedded checkpoint, which the tests compare with
+	python tests/examples/golden.py
 
 lint: # style and types, as CI checks them
 	ruff check .

@@ -175,14 +175,16 @@ def decode(model: Transformer, ranks: Ranks, active: list[Answer], logits: Tenso
 def choose(logits: Tensor, guesses: Sequence[list[int]], active: Sequence[Answer]) -> Tensor:
     """Samples from logits (B, T, V) a token for each row, and as long as it is the one guessed, another: (B, T) ids,
     NOTHING behind a row's last."""
+    settings, generators = [a.sampling for a in active], [a.generator for a in active]
     chosen = torch.full(logits.shape[:2], NOTHING, device=logits.device)
+    chosen[:, 0] = sample(logits[:, 0], settings, generators)
     rows = list(range(len(active)))
-    for t in range(logits.shape[1]):
-        picked = sample(logits[rows, t], [active[i].sampling for i in rows], [active[i].generator for i in rows])
-        chosen[rows, t] = picked
-        rows = [i for i, token in zip(rows, picked.tolist(), strict=True) if guesses[i][t : t + 1] == [token]]
+    for t in range(1, logits.shape[1]):
+        right = chosen[:, t - 1].tolist()
+        rows = [i for i in rows if guesses[i][t - 1 : t] == [right[i]]]
         if not rows:
             break
+        chosen[rows, t] = sample(logits[rows, t], [settings[i] for i in rows], [generators[i] for i in rows])
     return chosen
 
 

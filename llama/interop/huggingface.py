@@ -257,8 +257,11 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if partial not in (None, 1):
         merged["partial_rotary_factor"] = partial  # which the core refuses by name
     trained = config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
-    if name in ("yarn", "llama3"):
+    if name in ("yarn", "llama3", "longrope"):
         merged.setdefault("original_max_position_embeddings", trained)
+    if name == "longrope":
+        stretched = config.get("max_position_embeddings", trained)
+        merged.setdefault("factor", stretched / merged["original_max_position_embeddings"])
     if name == "dynamic":
         # There, transformers takes the trained context from max_position_embeddings alone.
         merged["original_max_position_embeddings"] = config.get("max_position_embeddings", 2048)

@@ -170,6 +170,9 @@ def test_absent_kv_heads_are_as_many_as_heads(tmp_path: Path) -> None:
     assert open_weights(tmp_path / "it").args().n_kv_heads == 8
 
 
+LONG = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "theta", "scaling"),
     [
@@ -199,6 +202,12 @@ def test_absent_kv_heads_are_as_many_as_heads(tmp_path: Path) -> None:
             1e4,
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
         ),
+        (
+            {"rope_scaling": {"type": "longrope", **LONG, "original_max_position_embeddings": 64}},
+            {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+            1e4,
+            {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 64, "factor": 4.0},  # of 256
+        ),
     ],
 )
 def test_rope_is_read_in_both_spellings(
@@ -224,7 +233,7 @@ def test_rope_is_read_in_both_spellings(
         ({"quantization_config": {"bits": 4}}, r"quantization_config.*bfloat16"),
         ({"hidden_size": ...}, r"hidden_size.*download"),
         ({"num_key_value_heads": 3}, r"n_kv_heads 3"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"'longrope'.*linear"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, r"'su'.*linear"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
         ({"rope_parameters": [1]}, r"rope_parameters"),
     ],

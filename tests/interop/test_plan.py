@@ -215,7 +215,7 @@ def test_build_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     monkeypatch.setattr(module, "free_memory", lambda device: 8 * GB)
     with pytest.raises(
-        ValueError, match=r"13\.48 GB of weights.*8\.00 GB free.*--quantize int4.*CODELLAMA_IGNORE_PLAN"
+        ValueError, match=r"13\.48 GB of weights.*8\.00 GB free.*--model_parallel_size 4.*CODELLAMA_IGNORE_PLAN"
     ):
         require(preset("7B"), ranks, torch.bfloat16)
     monkeypatch.setenv("CODELLAMA_IGNORE_PLAN", "1")
@@ -225,6 +225,19 @@ def test_build_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     require(preset("7B"), ranks, torch.bfloat16)
     monkeypatch.undo()
     require(dataclasses.replace(ARGS, max_seq_len=16), ranks, torch.float32)  # on this machine
+
+
+def test_llama_asks_the_plan_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*args: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("llama.generation.load", read)
+    monkeypatch.setattr(module, "free_memory", lambda device: 10**6)
+    with pytest.raises(ValueError, match=r"cpu has 1\.0 MB free"):
+        Llama.build(device="cpu")
+    monkeypatch.setenv("CODELLAMA_IGNORE_PLAN", "1")
+    with pytest.raises(AssertionError, match="weights were read"):
+        Llama.build(device="cpu")
 
 
 # --- the command -------------------------------------------------------------------------------------------------
