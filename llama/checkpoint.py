@@ -51,10 +51,18 @@ def recut(name: str, parts: list[Tensor], rank: int, world_size: int, n_kv_heads
     Where there are more parts, or ranks, than KV heads, neighbours hold the same head. Raises ValueError where the
     parameter can't be cut into so many.
     """
+    pieces, dim = pieces_of(name, parts, rank, world_size, n_kv_heads, head_dim)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def pieces_of(
+    name: str, parts: list[Tensor], rank: int, world_size: int, n_kv_heads: int, head_dim: int
+) -> tuple[list[Tensor], int]:
+    """What `recut` joins: views of `parts`, and the dimension on which they follow each other."""
     short = name.split(".")[-2]
     dim = CUT.get(short)
     if dim is None:
-        return parts[0]
+        return parts[:1], 0
     repeat = short in ("wk", "wv")
     if repeat:
         parts = parts[:: max(1, len(parts) // n_kv_heads)]
@@ -72,7 +80,7 @@ def recut(name: str, parts: list[Tensor], rank: int, world_size: int, n_kv_heads
         if low < high:
             pieces.append(part.narrow(dim, low, high - low))
         start -= part.shape[dim]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return pieces, dim
 
 
 class Weights(Protocol):
@@ -161,8 +169,11 @@ class Checkpoint:
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
         """Rank `rank`'s part of a parameter; a view into the file where one file holds it in one piece."""
-        parts = [shard[name] for shard in self._shards]
-        return recut(name, parts, rank, world_size, args.n_kv_heads, args.head_dim)
+        return recut(name, self.parts(name), rank, world_size, args.n_kv_heads, args.head_dim)
+
+    def parts(self, name: str) -> list[Tensor]:
+        """A parameter as the shards hold it, one after the other; views into the files."""
+        return [shard[name] for shard in self._shards]
 
 
 def read_params(path: Path) -> dict[str, Any]:

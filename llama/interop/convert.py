@@ -1,12 +1,11 @@
 """A checkpoint in another format, another number of shards or another dtype, in one pass and little memory.
 
-Tensors come one at a time from whatever `open_checkpoint` opened, mapped, and go to disk some rows at a time. A Hugging
-Face folder's files are written so directly. A shard of the published format has to be given to `torch.save` whole, so
-its tensors are first laid one after the other into a scratch file, which is then mapped: they are in memory only as
-far as the system likes to keep pages of files. What is copied in private memory is a matrix that several shards hold
-parts of, to join them, and wq or wk, to reorder their rows, or both. So the peak is the model's largest tensor, or
-twice its wq, whichever is more, and a few megabytes, whatever the model's size. On the disk, the scratch file needs
-the room of one more shard.
+Tensors come one at a time from whatever `open_checkpoint` opened, mapped, and go to disk some rows at a time: where
+shards are joined or the rows of wq and wk reordered, only those rows are copied. A Hugging Face folder's files are
+written so directly. A shard of the published format has to be given to `torch.save` whole, so its tensors are first
+laid one after the other into a scratch file, which is then mapped: they are in memory only as far as the system likes
+to keep pages of files. So private memory stays at some megabytes, whatever the model's size; but GGUF is written, and
+what is quantised read, a whole tensor at a time. On the disk, the scratch file needs the room of one more shard.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from fire.decorators import SetParseFns
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint import Weights, open_checkpoint, some_of
+from llama.checkpoint import Checkpoint, Weights, open_checkpoint, pieces_of, some_of
 from llama.config import ModelArgs
 from llama.interop.gguf import QUANTS, write_gguf
 from llama.interop.huggingface import HuggingFace, to_config, trained_context, write_json
@@ -44,6 +43,45 @@ FILE_BYTES = 5_000_000_000
 
 CHUNK_BYTES = 2**22
 """About as many bytes of a tensor are converted and written at once."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor in pieces that follow each other on `dim`; it is never whole in memory, only some rows at a time."""
+
+    pieces: list[Tensor]
+    dim: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = list(self.pieces[0].shape)
+        first[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
+        return tuple(first)
+
+    def rows(self, about: int, multiple: int = 1) -> Iterator[Tensor]:
+        """All rows in order, `about` so many at a time: a multiple of `multiple`, or what is left."""
+        step = max(1, about // multiple) * multiple
+        if self.dim == 0 and multiple == 1:
+            for piece in self.pieces:
+                yield from torch.split(piece, step)
+        else:
+            for at in range(0, self.shape[0], step):
+                yield self._from(at, step)
+
+    def _from(self, at: int, count: int) -> Tensor:
+        if self.dim:
+            return torch.cat([piece[at : at + count] for piece in self.pieces], self.dim)
+        found = []
+        for piece in self.pieces:
+            low, high = max(at, 0), min(at + count, len(piece))
+            if low < high:
+                found.append(piece[low:high])
+            at -= len(piece)
+        return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -62,18 +100,24 @@ class Job:
     quant: str = "f16"
     """What a GGUF file's matrices shall be stored in."""
 
-    def tensors(self, shard: int) -> Iterator[tuple[str, Tensor]]:
+    def matrices(self, shard: int) -> Iterator[tuple[str, Matrix]]:
         """A shard's tensors by Meta's names, one at a time, as they are stored. ValueError for one of another
         shape than the architecture's."""
         for name, shape in shard_shapes(self.args, self.shards, shard).items():
-            part = self.weights.tensor(name, self.args, shard, self.shards)
-            if tuple(part.shape) != shape:
+            found = self._matrix(name, shard)
+            if found.shape != shape:
                 raise ValueError(
-                    f"{name} in {self.weights.path} is {tuple(part.shape)} instead of {shape} (shard {shard} of "
+                    f"{name} in {self.weights.path} is {found.shape} instead of {shape} (shard {shard} of "
                     f"{self.shards}): take sizes and weights from the same checkpoint"
                 )
-            yield name, part
-            del part  # before the next one is made
+            yield name, found
+            del found  # before the next one is made
+
+    def _matrix(self, name: str, shard: int) -> Matrix:
+        if not isinstance(self.weights, Checkpoint):
+            return Matrix([self.weights.tensor(name, self.args, shard, self.shards)], 0)
+        sizes = self.args.n_kv_heads, self.args.head_dim
+        return Matrix(*pieces_of(name, self.weights.parts(name), shard, self.shards, *sizes))
 
 
 def convert(
@@ -113,7 +157,7 @@ def convert(
         parts = sum(prod(shape) for shard in range(shards) for shape in shard_shapes(args, shards, shard).values())
     except ValueError as error:
         raise ValueError(f"--shards {shards} can't be had: {error}") from error
-    stored = weights.tensor("tok_embeddings.weight", args).dtype
+    stored = weights.tensor("layers.0.attention.wo.weight", args).dtype
     itemsize = {"f32": 4, "q8_0": 34 / 32}.get(quant or "", 2) if to == "gguf" else (dtype or stored).itemsize
     needed = int(itemsize * (parts + (-(-whole // shards) if to == "meta" else 0)))
     place = next(parent for parent in target.absolute().parents if parent.exists())
@@ -185,12 +229,12 @@ def _laid_out(job: Job, shard: int, path: Path) -> dict[str, Tensor]:
     """A shard's tensors, lying in the file `path` and mapped from there, each in a storage of its own."""
     places = []
     with path.open("wb") as file:
-        for name, tensor in job.tensors(shard):
+        for name, matrix in job.matrices(shard):
             file.write(bytes(-file.tell() % 64))
-            dtype = job.dtype or tensor.dtype
-            places.append((name, dtype, tensor.shape, file.tell()))
-            job.advance(_write(file, tensor, dtype))
-            del tensor
+            dtype = job.dtype or matrix.dtype
+            places.append((name, dtype, torch.Size(matrix.shape), file.tell()))
+            job.advance(_write(file, matrix, dtype))
+            del matrix
         size = file.tell()
     mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     return {
@@ -199,11 +243,15 @@ def _laid_out(job: Job, shard: int, path: Path) -> dict[str, Tensor]:
     }
 
 
-def _write(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> int:
-    """Appends a tensor's numbers, row after row in `dtype`, and returns how many bytes they are."""
-    rows = max(1, CHUNK_BYTES * tensor.shape[0] // (tensor.numel() * dtype.itemsize))
-    chunks = (tensor[at : at + rows].to(dtype).contiguous() for at in range(0, len(tensor), rows))
-    return sum(file.write(chunk.view(torch.uint8).numpy().data) for chunk in chunks)
+def _write(file: BinaryIO, matrix: Matrix, dtype: torch.dtype, head_dim: int = 0) -> int:
+    """Appends a tensor's numbers, row after row in `dtype`, and returns how many bytes they are. With `head_dim`, the
+    rows of each head are put into Hugging Face's order."""
+    about = CHUNK_BYTES // (prod(matrix.shape[1:]) * dtype.itemsize)
+    size = 0
+    for rows in matrix.rows(about, head_dim or 1):
+        ordered = to_halves(rows, head_dim) if head_dim else rows
+        size += file.write(ordered.to(dtype).contiguous().view(torch.uint8).numpy().data)
+    return size
 
 
 # Hugging Face --------------------------------------------------------------------------------------------------------
@@ -231,13 +279,13 @@ class SafetensorsFile:
         self.size = 0
         """Bytes of numbers."""
 
-    def add(self, name: str, tensor: Tensor, dtype: torch.dtype) -> int:
-        """Writes a tensor in `dtype` and returns its bytes. ValueError for a dtype that is no usual one of weights."""
+    def add(self, name: str, matrix: Matrix, dtype: torch.dtype, head_dim: int = 0) -> int:
+        """Writes a tensor as `_write` does, and returns its bytes. ValueError for a dtype that weights seldom have."""
         if dtype not in CODES:
             raise ValueError(f"{name} is {dtype}; choose a dtype of {', '.join(map(str, CODES))}")
-        size = _write(self._file, tensor, dtype)
+        size = _write(self._file, matrix, dtype, head_dim)
         place = [self.size, self.size + size]
-        self._header[name] = {"dtype": CODES[dtype], "shape": list(tensor.shape), "data_offsets": place}
+        self._header[name] = {"dtype": CODES[dtype], "shape": list(matrix.shape), "data_offsets": place}
         self.names.append(name)
         self.size += size
         return size
@@ -282,17 +330,17 @@ def write_huggingface(job: Job, folder: Path) -> None:
 def _write_safetensors(job: Job, folder: Path) -> None:
     most = len(whole_shapes(job.args))
     files: list[SafetensorsFile] = []
-    tensors = job.tensors(0)
+    tensors = job.matrices(0)
     held = next(tensors, None)
     while held is not None:
         with SafetensorsFile(folder / f"{len(files)}.part", most) as file:
             while held is not None and (not file.size or file.size + _size(job, held[1]) <= FILE_BYTES):
-                name, tensor = held
+                name, matrix = held
                 theirs = to_huggingface(name)
                 assert theirs is not None
-                tensor = to_halves(tensor, job.args.head_dim) if ROTATED.fullmatch(name) else tensor
-                job.advance(file.add(theirs, tensor, job.dtype or tensor.dtype))
-                del tensor, held  # before the next one is made
+                turned = job.args.head_dim if ROTATED.fullmatch(name) else 0
+                job.advance(file.add(theirs, matrix, job.dtype or matrix.dtype, turned))
+                del matrix, held  # before the next one is made
                 held = next(tensors, None)
         files.append(file)
     if len(files) == 1:
@@ -307,8 +355,8 @@ def _write_safetensors(job: Job, folder: Path) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def _size(job: Job, tensor: Tensor) -> int:
-    return tensor.numel() * (job.dtype or tensor.dtype).itemsize
+def _size(job: Job, matrix: Matrix) -> int:
+    return prod(matrix.shape) * (job.dtype or matrix.dtype).itemsize
 
 
 _BESIDE = (
@@ -344,7 +392,8 @@ def write_one_file(job: Job, folder: Path) -> None:
     if not tokenizer.is_file():
         warnings.warn(f"{tokenizer} is missing, so the result has no tokenizer", stacklevel=2)
     shapes = whole_shapes(job.args)
-    write_gguf(folder / ONE_FILE, job.args, shapes, job.tensors(0), job.quant, context, tokenizer, job.advance)
+    whole = ((name, torch.cat(matrix.pieces, matrix.dim)) for name, matrix in job.matrices(0))
+    write_gguf(folder / ONE_FILE, job.args, shapes, whole, job.quant, context, tokenizer, job.advance)
 
 
 WRITERS: dict[str, Callable[[Job, Path], None]] = {

@@ -325,6 +325,7 @@ def _type(gguf: Any, shape: tuple[int, ...], quant: str) -> Any:
 
 
 def _write_sizes(writer: Any, args: ModelArgs, context: int, quant: str) -> None:
+    writer.add_name("Code Llama")
     writer.add_file_type(QUANTS[quant])
     writer.add_vocab_size(args.vocab_size)
     writer.add_context_length(context)

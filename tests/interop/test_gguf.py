@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fixtures_text import ARGS, WEIGHTS
+from interop import llamas_of_transformers as theirs
 from llama.checkpoint import open_checkpoint, save, split
 from llama.config import ModelArgs
 from llama.generation import Llama
 from llama.interop.convert import convert
 from llama.interop.gguf import QUANTS, to_gguf, to_meta, write_gguf
 from llama.tokenizer import Tokenizer
+from parallel.ranks import on_ranks
 from reference import random_weights
 
 Types = gguf.GGMLQuantizationType
@@ -218,6 +220,23 @@ def test_each_rank_gets_its_part(tmp_path: Path, ranks: int) -> None:
     for rank, shard in enumerate(split(WEIGHTS, ARGS, ranks)):
         for name, part in shard.items():
             assert torch.equal(found.tensor(name, ARGS, rank, ranks), part)
+
+
+def _logits(init_method: str, path: Path, tokens: Tensor) -> Tensor:
+    model = theirs.read_ours(path, init_method=init_method)
+    with torch.inference_mode():
+        return model(tokens, 0)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "q8_0"])
+def test_ranks_together_are_the_one(tmp_path: Path, quant: str) -> None:
+    """Quantised, too: what is cut across its blocks is dequantised first."""
+    path = write(tmp_path / "m.gguf", quant)
+    tokens = torch.randint(3, 1000, (2, 20), generator=torch.Generator().manual_seed(0))
+    (alone,) = on_ranks(_logits, 1, path, tokens)
+    for ranks in (2, 4):
+        for found in on_ranks(_logits, ranks, path, tokens):
+            torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_its_tokenizer_is_the_one_it_was_made_of(tmp_path: Path, tokenizer_path: Path) -> None:
