@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -262,8 +263,10 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     model.requires_grad_(False)
 
 
-def some_of(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def some_of(names: Iterable[str], most: int = 6) -> str:
+    """The first names, for a message, and how many more there are."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def split(weights: dict[str, Tensor], args: ModelArgs, n: int) -> list[dict[str, Tensor]]:

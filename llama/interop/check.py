@@ -18,6 +18,7 @@ import torch
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
+from llama.checkpoint import some_of
 from llama.config import ModelArgs
 from llama.interop.layout import Shape, args_of, read_json, shard_shapes, whole_shapes
 from llama.interop.names import to_huggingface
@@ -147,7 +148,7 @@ class _Check:
         header = _header(opened)
         if self.args is not None:
             if "tok_embeddings.weight" not in header:
-                raise Fault(f"not in Meta's format: it holds {some_of(header)}", TOGETHER.format("params.json"))
+                raise Fault(f"not in Meta's format: it holds {some_of(header, 3)}", TOGETHER.format("params.json"))
             try:
                 expected = shard_shapes(self.args, n_shards, shard)
             except ValueError as error:
@@ -171,7 +172,9 @@ class _Check:
             optional = {"lm_head.weight"} if self.tied else set()
             lacking = sorted(expected.keys() - optional - {tensor for header in headers for tensor in header})
             if lacking:
-                found = f"{some_of(lacking)} of the {len(expected)} tensors that config.json describes are in no file"
+                found = (
+                    f"{some_of(lacking, 3)} of the {len(expected)} tensors that config.json describes are in no file"
+                )
                 self.verdicts.append(Verdict("all weights", False, found, TOGETHER.format("config.json")))
         self.judge("tokenizer.model", self._read_tokenizer)
         return self.verdicts
@@ -257,7 +260,7 @@ class _Check:
                 bad += [] if tensor.is_finite() else [name]
                 bar.update(tensor.nbytes)
         if bad:
-            raise Fault(f"NaN or infinity in {some_of(bad)}", f"{ANEW}; if it stays, the weights were published so")
+            raise Fault(f"NaN or infinity in {some_of(bad, 3)}", f"{ANEW}; if it stays, the weights were published so")
         return said + ", all finite"
 
     def _bar(self, file: str, size: int, what: str) -> tqdm:
@@ -285,9 +288,9 @@ def _compare(header: Header, expected: Mapping[str, Shape], required: Iterable[s
     """Raises Fault for tensors that are missing, that nobody knows, of another shape, or that hold no plain numbers."""
     remedy = TOGETHER.format(description)
     if missing := [name for name in required if name not in header]:
-        raise Fault(f"lacks {some_of(missing)}", remedy)
+        raise Fault(f"lacks {some_of(missing, 3)}", remedy)
     if unknown := [name for name in header if name not in expected]:
-        raise Fault(f"holds {some_of(unknown)}, which {description} does not describe", remedy)
+        raise Fault(f"holds {some_of(unknown, 3)}, which {description} does not describe", remedy)
     for name, tensor in header.items():
         if tensor.shape != tuple(expected[name]):
             raise Fault(f"{name} is {tensor.shape} instead of {tuple(expected[name])}", remedy)
@@ -325,11 +328,6 @@ def _other_parts(names: list[str]) -> Iterator[str]:
 
 def _size(path: Path) -> str:
     return f"{path.stat().st_size:,} bytes"
-
-
-def some_of(names: Iterable[str]) -> str:
-    every = list(names)
-    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
 
 
 def render(verdicts: list[Verdict]) -> str:

@@ -65,8 +65,7 @@ def report(
 ) -> None:
     """Measures every finished stage of a run on packages that were held out, and writes what came of it.
 
-    Figures are kept in WORK/report, one file each, so a report that was stopped goes on where it was. On two cores it
-    takes half an hour.
+    Figures are kept in WORK/report, one file each, so a report that was stopped goes on where it was.
 
     Args:
         work: the run's folder, that is OUT.training.
@@ -153,7 +152,7 @@ def _makes(
         ),
         "retrieval": lambda: _keys(build(longest, few), held_out, base, longest, amounts.keys),
         "instructions": lambda: _instructions(build(2 * base), held_out, amounts.dialogs),
-        # All files, so windows follow each other without overlap: half an hour on two cores instead of an hour.
+        # Of all files, so windows follow each other without overlap: half as many as a sample's.
         "compression": lambda: _sizes(build(trained, few), choose_files(held_out, amounts.all_files), trained - 1),
     }
 

@@ -1,6 +1,6 @@
 """Measurements that are made once: each is a file of JSON, with what it was made of.
 
-A report takes half an hour, and may be stopped. What is measured stays, as long as the checkpoint, the corpus and the
+A report takes long, and may be stopped. What is measured stays, as long as the checkpoint, the corpus and the
 settings are the same; anything else is measured again.
 """
 

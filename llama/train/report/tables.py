@@ -24,7 +24,8 @@ class Target:
     what: str
     of: tuple[str, ...]
     """Where it stands: the measurement's name, then the keys."""
-    must: float
+    must: float | None
+    """None where there is no bar to pass, only one to aim at."""
     aim: float
     smaller: bool = False
     percent: bool = True
@@ -33,18 +34,22 @@ class Target:
         return f"{'≤' if self.smaller else '≥'} {value:.0%}" if self.percent else f"≤ {value:.2f}"
 
     def verdict(self, value: float) -> str:
-        reached = [value <= bar if self.smaller else value >= bar for bar in (self.must, self.aim)]
-        return "aim" if all(reached) else "must" if reached[0] else "**missed**"
+        def reaches(bar: float) -> bool:
+            return value <= bar if self.smaller else value >= bar
+
+        if self.must is not None and not reaches(self.must):
+            return "**missed**"
+        return "aim" if reaches(self.aim) else "must"
 
 
 TARGETS = (
     Target("bits a byte / `xz -9e` file by file", ("compression", "of_xz"), 0.7, 0.7, smaller=True, percent=False),
     Target(
-        "bits a byte / `xz -9e` of all as one", ("compression", "of_solid_xz"), 9, 0.75, smaller=True, percent=False
+        "bits a byte / `xz -9e` of all as one", ("compression", "of_solid_xz"), None, 0.75, smaller=True, percent=False
     ),
     Target("completed functions that parse", ("functions", "parsed"), 0.85, 0.97),
     Target("single lines filled in exactly, PSM", ("lines-psm", "exact"), 0.10, 0.25),
-    Target("keys found at the long length, all depths", ("retrieval", "long"), 0.0, 0.90),
+    Target("keys found at the long length, all depths", ("retrieval", "long"), None, 0.90),
     Target("answers that stop by themselves", ("instructions", "stopped"), 0.90, 0.99),
     Target("answers whose code parses", ("instructions", "parsed"), 0.80, 0.95),
 )
@@ -67,7 +72,7 @@ def targets(last: dict[str, Figures]) -> str:
     rows = []
     for target in TARGETS:
         value = find(last, target.of)
-        must = MISSING if target.must in (0.0, 9) else target.words(target.must)
+        must = MISSING if target.must is None else target.words(target.must)
         if value is None:
             rows.append([target.what, MISSING, must, target.words(target.aim), MISSING])
         else:
