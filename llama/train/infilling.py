@@ -33,14 +33,14 @@ def split(text: str, rng: random.Random) -> Split:
 
 
 def split_lines(text: str, rng: random.Random) -> Split:
-    """Cuts out one to three lines, more often one, up to the end of the last, the first not blank; half of the time
+    """Cuts out one to three lines, mostly one, up to the end of the last, the first not blank; a quarter of the time
     not from the first one's start, but from any character of it."""
     lines = text.split("\n")
     number = rng.choice([at for at, line in enumerate(lines) if line.strip()] or [0])
-    count = min(rng.choice((1, 1, 1, 1, 2, 3)), len(lines) - number)
+    count = min(rng.choice((1, 1, 1, 1, 1, 1, 2, 3)), len(lines) - number)
     start = sum(len(line) + 1 for line in lines[:number])
     end = start + sum(len(line) + 1 for line in lines[number : number + count]) - 1
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         start += rng.randint(0, len(lines[number]))
     return Split(text[:start], text[start:end], text[end:])
 

@@ -40,6 +40,8 @@ class Mixture:
     dialogs: float = 0.0  # of all tokens
     keys: float = 0.0  # of all tokens
     answers_only: bool = True  # a dialog's question is read and not learned
+    longest_answer: int | None = None  # tokens of a dialog's answer; longer ones are left out
+    longest_function: int | None = None  # the same of a file's functions
 
     def __post_init__(self) -> None:
         parts = (self.infilling, self.suffix_first, self.line_gaps, self.functions, self.dialogs, self.keys)
@@ -75,12 +77,14 @@ def encode_corpus(
             elif kind == "keys":
                 pool.extend(function.code for function in functions(source.text))
             elif rng.random() < mixture.functions:
-                code.extend(Document(function.code, ends=True) for function in functions(source.text))
+                code.extend(cut_functions(tokenizer, source, mixture.longest_function or length))
             else:
                 code.extend(cut_source(tokenizer, source, length))
             continue
         if kind == "dialogs":
             sequence = encode_turn(tokenizer, talks.popleft(), mixture.answers_only)
+            if sum(token >= 0 for token in sequence) > (mixture.longest_answer or length):
+                continue
         elif kind == "keys":
             sequence = _encode_keys(tokenizer, pool, length, rng)
         else:
@@ -100,6 +104,13 @@ def encode_plain(tokenizer: Tokenizer, sources: Iterable[Source], length: int) -
 def cut_source(tokenizer: Tokenizer, source: Source, length: int) -> Iterator[Document]:
     """A file's documents, each of so few tokens that any form of it fits a row of `length`."""
     return cut(source.text, length - _SPARE, lambda lines: [len(tokenizer.encode_infilling(line)) for line in lines])
+
+
+def cut_functions(tokenizer: Tokenizer, source: Source, longest: int) -> Iterator[Document]:
+    """A file's functions of at most `longest` tokens, each a document."""
+    for function in functions(source.text):
+        if len(tokenizer.encode_infilling(function.code)) <= longest:
+            yield Document(function.code, ends=True)
 
 
 def encode_document(

@@ -77,39 +77,52 @@ class Stage:
     """Of 100 for all stages; the rest is for the tokenizer, for rows, and for measuring."""
 
 
-_BASE = TrainingConfig(steps=4000, peak_lr=2e-3, rows_per_step=8, rows_at_once=2, steps_between_evaluations=200)
+_LENGTH = 256
+"""Of the rows of the first stages: short ones hold more documents, and each shows once where its gap's text goes on."""
+_BASE = TrainingConfig(steps=6000, peak_lr=2e-3, rows_per_step=16, rows_at_once=4, steps_between_evaluations=200)
+_CODE = Mixture(line_gaps=0.6, functions=0.6, longest_function=128, keys=0.1)
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("plain", None, True, 512, 1e4, Mixture(infilling=0.0, functions=0.4, keys=0.2), _BASE, minutes=30),
-        Stage("base", "plain", True, 512, 1e4, Mixture(functions=0.4, keys=0.2), _BASE, minutes=60),
+        Stage("plain", None, True, _LENGTH, 1e4, replace(_CODE, infilling=0.0), _BASE, minutes=30),
+        Stage("base", "plain", True, _LENGTH, 1e4, _CODE, _BASE, minutes=60),
         Stage(
             "long",
             "base",
             False,
-            8 * 512,
+            8 * _LENGTH,
             1e6,
-            Mixture(functions=0.1, keys=0.5),
+            Mixture(line_gaps=0.8, functions=0.2, longest_function=256, keys=0.25),
             TrainingConfig(
-                steps=300,
-                rows_per_step=2,
+                steps=500,
+                rows_per_step=4,
                 rows_at_once=1,
                 peak_lr=4e-4,
                 final_lr=1.0,
                 warmup_steps=10,
                 steps_between_evaluations=50,
             ),
-            minutes=18,
+            minutes=15,
         ),
+        # Short answers and short functions: an end has to be the likeliest token somewhere for a greedy model to stop.
         Stage(
             "instruct",
             "long",
             False,
-            1024,
+            2 * _LENGTH,
             1e6,
-            Mixture(infilling=0.7, dialogs=0.6, keys=0.1),
-            TrainingConfig(steps=600, rows_per_step=4, rows_at_once=1, peak_lr=6e-4, warmup_steps=20),
-            minutes=14,
+            Mixture(
+                infilling=0.7,
+                suffix_first=0.3,
+                line_gaps=0.9,
+                functions=0.6,
+                dialogs=0.5,
+                keys=0.05,
+                longest_answer=64,
+                longest_function=96,
+            ),
+            TrainingConfig(steps=1500, rows_per_step=8, rows_at_once=2, peak_lr=1e-3, warmup_steps=20),
+            minutes=17,
         ),
     )
 }
