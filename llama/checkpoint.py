@@ -17,7 +17,8 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -308,3 +309,18 @@ def save(
         target.mkdir(exist_ok=True)
         for written in sorted(Path(scratch).iterdir()):
             os.replace(written, target / written.name)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """For files that appear whole or not at all: yields a temporary path beside `path`, in a folder that is made where
+    there is none; it takes the real name when the block ends, and is removed if the block fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, since a rename is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as groups
-from fairscale.nn.model_parallel import layers
+from fairscale.nn.model_parallel import layers, mappings
 from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -209,8 +210,10 @@ def _weight(rows: int, columns: int, cut: int, unit: int = 1, repeat: bool = Fal
     return nn.Parameter(part)
 
 
-# fairscale's layers with fairscale's forward. Their constructors are replaced: those fill a whole float32 matrix in
-# memory for each shard and can't be made on the meta device.
+# fairscale's layers, with its communication between ranks. Their constructors are replaced: those fill a whole float32
+# matrix in memory for each shard and can't be made on the meta device. So are their forwards, by the same steps with a
+# name for the multiplication, and with none of the communication where one process holds all: then nothing but a
+# matrix product is left to trace and compile.
 
 
 class ParallelEmbedding(layers.ParallelEmbedding):  # type: ignore[misc]
@@ -219,16 +222,19 @@ class ParallelEmbedding(layers.ParallelEmbedding):  # type: ignore[misc]
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.weight = _weight(num_embeddings, embedding_dim, cut=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        part = F.embedding(tokens, self.weight)
+        return part if part.shape[-1] == self.embedding_dim else mappings.gather_from_model_parallel_region(part)
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):  # type: ignore[misc]
     """(..., in) to (..., out / ranks), or to (..., out) on every rank with `gather_output`. No bias.
 
     The output is cut between units of `unit` features. With `repeat`, neighbouring ranks hold the same unit where
-    there are more ranks than units; a gradient of such a weight is this rank's part of it.
+    there are more ranks than units; a gradient of such a weight is this rank's part of it. `product` may be replaced
+    by any function of x that multiplies by this rank's weight: packed, quantised, fused.
     """
 
     def __init__(
@@ -236,15 +242,31 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):  # type: ignore[misc]
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.ranks = shards()
         self.weight = _weight(out_features, in_features, 0, unit, repeat)
-        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return self.product(x)
+        part = self.product(mappings.copy_to_model_parallel_region(x))
+        return mappings.gather_from_model_parallel_region(part) if self.gather_output else part
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class RowParallelLinear(layers.RowParallelLinear):  # type: ignore[misc]
-    """(..., in / ranks) to (..., out), summed over the ranks. No bias."""
+    """(..., in / ranks) to (..., out), summed over the ranks. No bias. `product` as ColumnParallelLinear's."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.in_features, self.out_features = in_features, out_features
+        self.ranks = shards()
         self.weight = _weight(out_features, in_features, cut=1)
-        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.product(x)
+        return part if self.ranks == 1 else mappings.reduce_from_model_parallel_region(part)
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)

@@ -25,11 +25,10 @@ import torch
 from tqdm import tqdm
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, load, save
+from llama.checkpoint import Checkpoint, load, replacing, save
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
-from llama.train.atomic import replacing
 from llama.train.attention import causal_attention
 from llama.train.collection import TOTALS, read_documents
 from llama.train.corpus import Source, read_corpus, stable_hash

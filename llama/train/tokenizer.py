@@ -16,7 +16,7 @@ from typing import Any
 
 import sentencepiece
 
-from llama.train.atomic import replacing
+from llama.checkpoint import replacing
 
 try:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from llama.checkpoint import replacing
 from llama.cli import run as run_command
 from llama.generation import Llama
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.train import stages
-from llama.train.atomic import replacing
 from llama.train.cli import ALL, COMMANDS
 from llama.train.corpus import Source
 from llama.train.sequences import Mixture
