@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from llama.generation import EMBEDDED, Llama
 from llama.model import Transformer
 from llama.parallel import DTYPES
 from llama.prompts import Message, dialog, infilling
+from llama.rope import SPECTRA
 
 FILL = "<FILL>"
 PATHS = {"ckpt_dir": str, "tokenizer_path": str}  # fire would read 1e3 as a number
@@ -57,8 +59,26 @@ def _objects(options: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
         options = {**options, "dtype": DTYPES[dtype]}
     if isinstance(scaling, str):
-        options = {**options, "rope_scaling": {"rope_type": scaling}}
-    return options
+        scaling = {"rope_type": scaling}
+    if isinstance(scaling, dict) and ".py:" in str(scaling.get("rope_type")):
+        scaling = {**scaling, "rope_type": register_scheme(scaling["rope_type"])}
+    return options if scaling is None else {**options, "rope_scaling": scaling}
+
+
+def register_scheme(place: str) -> str:
+    """Puts a RoPE scheme of a user's own into the table of schemes: "FILE.py:FUNCTION", a function like those of
+    rope.py. Returns its name there, which is the function's."""
+    path, _, name = place.rpartition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}; give a scheme of your own as FILE.py:FUNCTION")
+    scheme = runpy.run_path(path).get(name)
+    if not callable(scheme):
+        raise ValueError(f"{path} has no function {name}; a scheme is one of (head_dim, theta, length, *, ...)")
+    known = SPECTRA.get(name)
+    if known is not None and inspect.getfile(known) != path:
+        raise ValueError(f"there is a scheme {name!r} already; give the function in {path} another name")
+    SPECTRA[name] = scheme
+    return name
 
 
 @SetParseFns(prompt=str, stop=str, **PATHS)  # type: ignore[untyped-decorator]

@@ -231,7 +231,13 @@ def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: i
         value = parameters.get(key, 1)
         if not isinstance(value, (int, float)) or not 1 <= value < math.inf:
             raise ValueError(f"rope_scaling has {key} {value!r}; it must be a number of at least 1")
-    return scheme(head_dim, theta, length, **parameters)
+    found = Spectrum(*scheme(head_dim, theta, length, **parameters))
+    if found.inv_freq.shape != (head_dim // 2,):
+        raise ValueError(
+            f"{name!r} gives frequencies of shape {tuple(found.inv_freq.shape)}; a scheme gives one for each of the "
+            f"{head_dim // 2} pairs, and an attention scale"
+        )
+    return found
 
 
 def rotation_tables(spectrum: Spectrum, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

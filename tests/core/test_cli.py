@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fixtures_text import ARGS, WEIGHTS
-from llama import Llama, Message, Transformer, checkpoint, cli, parallel
+from llama import Llama, Message, Transformer, checkpoint, cli, parallel, rope
+from llama.rope import SPECTRA
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 Run = Callable[..., Outcome]
@@ -119,6 +120,51 @@ def test_options_of_build_are_passed_on(codellama: Run, tiny_checkpoint: Path, m
 
 
 # --- infill ------------------------------------------------------------------------------------------------------
+
+
+OWN_SCHEME = """
+import torch
+
+def halved(head_dim, theta, length, *, factor=1.0):
+    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * factor), 1.0
+
+def short(head_dim, theta, length):
+    return torch.ones(1), 1.0
+
+linear = halved
+"""
+
+
+@pytest.fixture
+def own_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("llama.rope.SPECTRA", dict(SPECTRA))
+    monkeypatch.setattr("llama.cli.SPECTRA", rope.SPECTRA)
+    path = tmp_path / "my_scheme.py"
+    path.write_text(OWN_SCHEME, encoding="utf-8")
+    return path
+
+
+def test_a_scheme_of_ones_own_comes_from_a_file(codellama: Run, tiny_checkpoint: Path, own_scheme: Path) -> None:
+    for given, factor in ((f"{{'rope_type': '{own_scheme}:halved', 'factor': 3.0}}", 6), (f"{own_scheme}:halved", 2)):
+        same = Llama.build(tiny_checkpoint, rope_scaling={"rope_type": "linear", "factor": factor})
+        code, out, err = codellama("complete", "def f(x):", "--rope_scaling", given)
+        assert (code, out, err) == (0, f"def f(x):{completed(same, 'def f(x):')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing", "no function missing"), ("linear", "another name"), ("short", "one for each of the")],
+)
+def test_a_scheme_that_cant_be_is_refused(codellama: Run, own_scheme: Path, name: str, message: str) -> None:
+    code, out, err = codellama("complete", "x", "--rope_scaling", f"{own_scheme}:{name}")
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+def test_a_scheme_from_a_file_that_is_not_there_is_named(codellama: Run) -> None:
+    code, _, err = codellama("complete", "x", "--rope_scaling", "nowhere.py:scheme")
+    assert code == 1
+    assert "no file nowhere.py" in err
 
 
 def middle(llama: Llama, prefix: str, suffix: str, **options: Any) -> str:
