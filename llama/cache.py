@@ -108,10 +108,12 @@ class KVCache:
 
     def extend(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values (B, T, K, D); returns views (B, K, S, D) of what is visible."""
-        B = keys.shape[0]
-        rows = torch.arange(B, device=keys.device)[:, None]
-        self.keys[layer][rows, :, span.positions] = keys.detach()
-        self.values[layer][rows, :, span.positions] = values.detach()
+        B, T = keys.shape[:2]
+        for store, new in ((self.keys[layer], keys.detach()), (self.values[layer], values.detach())):
+            if span.start is None:
+                store[torch.arange(B, device=new.device)[:, None], :, span.positions] = new
+            else:
+                store[:B, :, span.start : span.start + T] = new.transpose(1, 2)
         return self.keys[layer][:B, :, : span.slots], self.values[layer][:B, :, : span.slots]
 
     def copy_row_(self, source: int, target: int, length: int) -> None:

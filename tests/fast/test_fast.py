@@ -1,0 +1,141 @@
+"""The fast model against the plain one, and against transformers by way of it: the same scores, the same text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer
+from llama.cache import Span
+from llama.fast import attention, speed_up_
+from llama.fast.block import rotate
+from llama.fast.packing import packed
+from llama.rope import rotate as plain_rotate
+
+SHAPES = {
+    "heads": {"n_heads": 4, "n_kv_heads": 4},
+    "grouped": {"n_heads": 8, "n_kv_heads": 2},
+    "one kv head": {"n_heads": 4, "n_kv_heads": 1},
+}
+
+
+def twins(dtype: torch.dtype = torch.float32, **sizes: int) -> tuple[Transformer, Transformer]:
+    """A plain model and a fast one of the same random weights, large enough that no score is near 0."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=64, n_layers=3, vocab_size=97, max_seq_len=96, max_batch_size=3, **sizes))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else weight * 8)
+    model = model.to(dtype).requires_grad_(False)
+    return model, speed_up_(copy.deepcopy(model))
+
+
+def read(model: Transformer, steps: Sequence[tuple[Tensor, int | list[int]]]) -> list[Tensor]:
+    with torch.inference_mode():
+        return [model(tokens, start) for tokens, start in steps]
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("scores", [attention.SCORES, 1])
+def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
+    sizes: dict[str, int], scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where attention goes in blocks of 16 queries, and with rows at positions of their own."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    plain, fast = twins(**sizes)
+    tokens = torch.randint(97, (3, 80), generator=torch.Generator().manual_seed(1))
+    steps: list[tuple[Tensor, int | list[int]]] = [(tokens[:, :37], 0), (tokens[:, 37:60], 37), (tokens[:, 60:61], 60)]
+    steps += [(tokens[:, 61:62], [61, 20, 3]), (tokens[:2, 62:66], [62, 21]), (tokens[:1, 66:67], 66)]
+    for expected, found in zip(read(plain, steps), read(fast, steps), strict=True):
+        assert expected.abs().max() > 1
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_whole_sequences_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 7)
+    plain, fast = twins(n_heads=4, n_kv_heads=2)
+    tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(tokens), plain(tokens), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_plain_model_in_bfloat16() -> None:
+    exact, _ = twins(n_heads=4, n_kv_heads=2)
+    plain, fast = twins(torch.bfloat16, n_heads=4, n_kv_heads=2)
+    tokens = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = F.log_softmax(exact(tokens), -1)
+        errors = [(F.log_softmax(model(tokens), -1) - expected).square().mean().sqrt() for model in (plain, fast)]
+    assert 0 < errors[1] < 1.5 * errors[0]
+
+
+def test_the_text_is_the_same(tiny_llama: Llama) -> None:
+    """Ragged prompts, rows that leave, guesses that are read along: 200 tokens of each."""
+    prompts = ["def f(x):\n", "x", "import os\n\n\ndef read(path):\n    return"]
+    args = {"temperature": 0.0, "max_gen_len": 60}
+    expected = [r["generation"] for r in tiny_llama.text_completion(prompts, **args)]
+    fast = Llama(speed_up_(copy.deepcopy(tiny_llama.model)), tiny_llama.tokenizer)
+    assert [r["generation"] for r in fast.text_completion(prompts, **args)] == expected
+    guessing = Llama(fast.model, fast.tokenizer, lookup=4)
+    assert [r["generation"] for r in guessing.text_completion(prompts, **args)] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, generator=g).to(dtype) for size in ((33, 40), (2, rows, 40)))
+    exact = x.double() @ weight.double().T
+    found = packed(weight)(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(),
+        exact,
+        rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-1 if dtype == torch.bfloat16 else 1e-4,
+    )
+
+
+def test_without_the_private_operator_a_product_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.fast.packing._can_reorder", lambda: False)
+    weight, x = torch.randn(5, 4), torch.randn(3, 4)
+    assert torch.equal(packed(weight)(x), F.linear(x, weight))
+
+
+def test_weights_are_taken_over_and_not_kept_twice() -> None:
+    plain, fast = twins(n_heads=4, n_kv_heads=2)
+    left = sum(p.numel() for p in fast.parameters())
+    assert left == fast.tok_embeddings.weight.numel() + fast.norm.weight.numel()
+    assert sum(p.numel() for p in plain.parameters()) > 2 * left
+
+
+def test_rotation_by_complex_numbers_is_the_rotation() -> None:
+    x = torch.randn(2, 5, 3, 8)
+    angles = torch.randn(1, 5, 1, 4)
+    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), plain_rotate(x, angles.cos(), angles.sin()))
+
+
+def test_prefill_makes_no_more_scores_than_it_may() -> None:
+    """Memory doesn't grow with the prompt: the largest product is a block of the allowed size."""
+    made: list[int] = []
+    original = attention._scores
+
+    def counted(q: Tensor, keys: Tensor) -> Tensor:
+        out = original(q, keys)
+        made.append(out.numel())
+        return out
+
+    q, k = torch.randn(1, 4, 512, 8), torch.randn(1, 2, 2048, 8)
+    span = Span(torch.arange(1536, 2048)[None], 2048, 1536, torch.float32)
+    attention._scores, attention.SCORES, before = counted, 1 << 18, attention.SCORES
+    try:
+        attention.attend(q, k, k, span)
+    finally:
+        attention._scores, attention.SCORES = original, before
+    assert max(made) <= 1 << 18
+    assert len(made) == 512 // 32
