@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,18 +33,22 @@ class Span:
     start: int | None
     """The first position where all rows share it, else None."""
     dtype: torch.dtype
+    _mask: Tensor | None = None
 
     @property
     def is_square(self) -> bool:
         """Nothing stands before the new tokens, and nothing after: plain causal attention, without a mask."""
         return self.start == 0 and self.slots == self.positions.shape[1]
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
         """(B or 1, 1, T, S): 0 where a token sees a slot, -inf where not. Made once, for all layers."""
-        slots = torch.arange(self.slots, device=self.positions.device)
-        hidden = slots > self.positions[:, None, :, None]
-        return torch.zeros(hidden.shape, dtype=self.dtype, device=slots.device).masked_fill_(hidden, -torch.inf)
+        if self._mask is None:  # functools.cached_property takes a lock, which can't be traced and compiled
+            slots = torch.arange(self.slots, device=self.positions.device)
+            hidden = slots > self.positions[:, None, :, None]
+            zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=slots.device)
+            self._mask = zeros.masked_fill_(hidden, -torch.inf)
+        return self._mask
 
 
 class KVCache:

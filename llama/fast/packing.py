@@ -39,7 +39,8 @@ def packed(weight: Tensor) -> Product:
 
 
 def _can_reorder() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def join_weights(linears: Sequence[Linear]) -> Product:

@@ -1,0 +1,113 @@
+"""Compiled in static shapes: the same text as without, whatever the shapes, and nothing is compiled after the start."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo
+
+from llama import Llama, ModelArgs, Transformer
+from llama.fast import speed_up_
+from llama.fast.compiled import CompiledHidden, compile_
+
+PROMPTS = ["def f(x):\n", "x", "import os\n\n\ndef read(path, mode):\n    return"]
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def twin(llama: Llama, change: Callable[[Transformer], object], **options: int) -> Llama:
+    model = copy.deepcopy(llama.model)
+    model.cache = None
+    change(model)
+    return Llama(model, llama.tokenizer, prefill_chunk=16, **options)
+
+
+def greedy(llama: Llama) -> list[str]:
+    return [r["generation"] for r in llama.text_completion(PROMPTS, temperature=0.0, max_gen_len=70)]
+
+
+def compiled(model: Transformer) -> object:
+    # "aot_eager" traces and functionalises as the real compiler does, and needs none.
+    return compile_(model, chunk=16, progress=False, backend="aot_eager")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_the_text_is_the_same_and_nothing_is_compiled_after_the_start(tiny_llama: Llama, fused: bool) -> None:
+    """Ragged prompts read in chunks, rows that leave, guesses of several tokens, up to the cache's last slot."""
+    expected = greedy(tiny_llama)
+
+    def change(model: Transformer) -> object:
+        return compiled(speed_up_(model) if fused else model)
+
+    quick = twin(tiny_llama, change, lookup=3)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert greedy(quick) == expected
+        long = quick.text_completion(["x = 1\n"], temperature=0.0)[0]["generation"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    assert long == tiny_llama.text_completion(["x = 1\n"], temperature=0.0)[0]["generation"]
+
+
+def test_every_step_falls_into_a_shape_that_was_compiled() -> None:
+    """Whatever rows, tokens and positions: also where the cache's end leaves no room for padding."""
+    torch.manual_seed(0)
+    args = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=20, max_seq_len=40, max_batch_size=3)
+    plain = Transformer(args).requires_grad_(False)
+    quick = copy.deepcopy(plain)
+    hidden = CompiledHidden(quick, 16, backend="eager")
+    allowed = set(hidden.shapes())
+    seen: set[tuple[int, int, int]] = set()
+
+    def step(tokens: torch.Tensor, positions: torch.Tensor, slots: int) -> torch.Tensor:
+        seen.add((*tokens.shape, slots))
+        assert int(positions.max()) < 40
+        return hidden._step(tokens, positions, slots)
+
+    hidden.step = step
+    tokens = torch.randint(20, (3, 40))
+    with torch.inference_mode():
+        for B in (1, 2, 3):
+            for T in (1, 2, 15, 16, 17, 39, 40):
+                for start in {0, 1, 40 - T}:
+                    if start + T <= 40:
+                        for model in (plain, quick):  # what a step sees was written before
+                            Transformer.hidden(model, tokens, 0, model.own_cache())
+                        expected = plain.hidden(tokens[:B, :T], start, plain.own_cache())
+                        torch.testing.assert_close(hidden(tokens[:B, :T], start, quick.own_cache()), expected)
+    assert seen <= allowed
+    assert len(seen) > 4
+
+
+def test_a_step_of_its_own_cache_or_none_is_left_to_the_plain_model(tiny_llama: Llama) -> None:
+    quick = twin(tiny_llama, compiled)
+    tokens = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        assert torch.equal(quick.model(tokens), tiny_llama.model(tokens))
+        other = quick.model.new_cache(1, 32)
+        assert torch.equal(
+            quick.model(tokens, 0, other), tiny_llama.model(tokens, 0, tiny_llama.model.new_cache(1, 32))
+        )
+
+
+def test_no_compiler_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tiny_llama: Llama) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=r"g\+\+.*leave --compile out"):
+        compile_(copy.deepcopy(tiny_llama.model))
+
+
+@pytest.mark.slow
+def test_compiled_by_the_real_compiler_the_text_is_the_same(tiny_llama: Llama) -> None:
+    """Minutes: C++ is written and compiled for every shape."""
+    quick = twin(tiny_llama, lambda model: compile_(model, chunk=16, progress=False))
+    assert greedy(quick) == greedy(tiny_llama)
