@@ -15,7 +15,7 @@ from typing import Any
 from llama.cli import build
 from llama.evals.compression import compression
 from llama.evals.functions import complete_functions
-from llama.evals.lines import infill_lines
+from llama.evals.lines import Order, infill_lines
 from llama.evals.positions import loss_by_position
 from llama.evals.retrieval import DEPTHS, retrieval
 from llama.evals.sources import Source, choose_files, read_folder
@@ -111,22 +111,21 @@ def functions_command(
 
 
 def lines_command(
-    *, sources: str | None = None, samples: int = 500, suffix_first: bool = False, seed: int = 0, **options: Any
+    *, sources: str | None = None, samples: int = 500, order: Order = "psm", seed: int = 0, **options: Any
 ) -> None:
     """The share of held-out lines that the model fills in exactly, given the file around them.
 
     Args:
         sources: a folder of .py files, or a corpus (default: held-out files of the standard library).
         samples: how many lines, chosen by a hash.
-        suffix_first: ask in SPM order instead of PSM.
+        order: psm (prefix first), spm (suffix first), or none (a completion that doesn't know of the suffix).
         seed: of the choice.
         options: those of Llama.build: --ckpt_dir --max_seq_len --max_batch_size --device --dtype …
     """
     llama = build(**options)
-    found = infill_lines(llama, read_sources(sources), samples, suffix_first=suffix_first, seed=seed, progress=True)
+    found = infill_lines(llama, read_sources(sources), samples, order=order, seed=seed, progress=True)
     rows = [("exact match", percent(found.exact)), ("first line matches", percent(found.first_line))]
     shares = {"exact": asdict(found.exact), "first_line": asdict(found.first_line)}
-    order = "SPM" if suffix_first else "PSM"
     header = (order, f"{found.exact.n} lines")
     _report(llama, "lines", sources, options, header, rows, {"order": order, "seed": seed, **shares})
 

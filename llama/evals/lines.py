@@ -2,7 +2,8 @@
 
 The prefix is what stands before the line, the suffix what stands after it, as much of both as the context holds,
 nearest lines first. Exact match is a strict measure and an honest one: there is nothing to tune in it. What is asked
-for are lines of code, not blank ones, comments or the prose of docstrings, and none so short that it is guessed.
+for are lines of code, not blank ones, comments or the prose of docstrings, and none so short that it is guessed. The
+same lines can be asked for without what stands after them: so it shows what a model makes of a suffix.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from llama.evals.batches import batches
 from llama.evals.intervals import Share, share
@@ -20,6 +22,8 @@ from llama.tokenizer import Tokenizer
 
 SHORTEST, LONGEST = 8, 80
 """Characters of a line without its indent. A longer one is mostly a literal, a shorter one `else:` or `try:`."""
+Order = Literal["psm", "spm", "none"]
+"""How the gap is put: prefix first, suffix first, or as a plain completion that doesn't know of the suffix."""
 _MARKS = 5  # tokens of a prompt besides prefix and suffix: bos, three marks, the space that is put before a text
 
 
@@ -55,15 +59,17 @@ def infill_lines(
     sources: Sequence[Source],
     n: int = 500,
     context: int | None = None,
-    suffix_first: bool = False,
+    order: Order = "psm",
     seed: int = 0,
     progress: bool = False,
 ) -> Lines:
-    """Greedy infilling of `n` lines chosen by hash (fewer, where there aren't as many), PSM or with `suffix_first` SPM.
+    """Greedy infilling of `n` lines chosen by hash (fewer, where there aren't as many).
 
     Prompt and answer together take at most `context` tokens (default: max_seq_len). Raises ValueError where there is
     no line to fill, where the context is too small, and where the checkpoint can't infill.
     """
+    if order not in get_args(Order):
+        raise ValueError(f"an order {order!r}; there are {', '.join(get_args(Order))}")
     limit = llama.model.args.max_seq_len
     context = limit if context is None else context
     room = context - LONGEST - _MARKS
@@ -82,10 +88,15 @@ def infill_lines(
     first_lines = 0
     for batch in batches(llama, asked, "lines", progress):
         before, after = [h.prefix for h in batch], [h.suffix for h in batch]
-        results = llama.text_infilling(before, after, 0.0, max_gen_len=LONGEST, suffix_first=suffix_first)
-        for h, result in zip(batch, results, strict=True):
-            written, wanted = result["generation"].strip(), h.line.strip()
-            samples.append(Filled(h, result["generation"], written == wanted))
+        if order == "none":
+            completed = llama.text_completion(before, 0.0, max_gen_len=LONGEST, stop="\n")
+            texts_written = [result["generation"] for result in completed]
+        else:
+            filled = llama.text_infilling(before, after, 0.0, max_gen_len=LONGEST, suffix_first=order == "spm")
+            texts_written = [result["generation"] for result in filled]
+        for h, text in zip(batch, texts_written, strict=True):
+            written, wanted = text.strip(), h.line.strip()
+            samples.append(Filled(h, text, written == wanted))
             first_lines += written.split("\n")[0].rstrip() == wanted
     return Lines(share(sum(s.exact for s in samples), len(samples)), share(first_lines, len(samples)), tuple(samples))
 

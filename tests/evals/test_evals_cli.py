@@ -18,7 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "compression": {"max_seq_len": 64, "files": 1},
     "positions": {"max_seq_len": 64, "bins": 2, "documents": 2},
     "functions": {"max_seq_len": 128, "max_gen_len": 4, "samples": 3, "show": 1},
-    "lines": {"max_seq_len": 96, "samples": 2, "suffix_first": True},
+    "lines": {"max_seq_len": 96, "samples": 2, "order": "spm"},
     "retrieval": {"lengths": 512, "depths": (0, 0.5), "samples": 2},
 }
 

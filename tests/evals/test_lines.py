@@ -6,7 +6,7 @@ import pytest
 
 from evals.scripted import script
 from fixtures_text import training_texts
-from llama.evals.lines import LONGEST, SHORTEST, candidates, hole, infill_lines
+from llama.evals.lines import LONGEST, SHORTEST, Order, candidates, hole, infill_lines
 from llama.evals.sources import File
 from llama.generation import Llama
 from llama.prompts import infilling
@@ -103,9 +103,27 @@ def test_match_is_of_all_that_was_written_but_for_white_space(
     assert calls == [{"max_gen_len": LONGEST, "suffix_first": False}]
 
 
-@pytest.mark.parametrize("suffix_first", [False, True])
+def test_without_a_suffix_a_line_is_a_completion_up_to_its_end(
+    tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def complete(prompts: list[str], *args: object, **kwargs: object) -> list[dict[str, str]]:
+        assert kwargs["stop"] == "\n"
+        asked.extend(prompts)
+        return [{"generation": "    return collections.Counter(x)"} for _ in prompts]
+
+    monkeypatch.setattr(tiny_llama, "text_completion", complete)
+    found = infill_lines(tiny_llama, [File("a.py", SOURCE)], order="none")
+    assert found.exact.hits == sum("Counter" in s.hole.line for s in found.samples) == 1
+    assert asked == [s.hole.prefix for s in found.samples]
+    with pytest.raises(ValueError, match="there are psm, spm, none"):
+        infill_lines(tiny_llama, [File("a.py", SOURCE)], order="mps")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ["psm", "spm"])
 def test_model_is_asked_in_either_order_within_its_context(
-    tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch, suffix_first: bool
+    tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch, order: Order
 ) -> None:
     asked: list[tuple[list[int], int]] = []
     stream = tiny_llama.stream
@@ -116,13 +134,13 @@ def test_model_is_asked_in_either_order_within_its_context(
 
     monkeypatch.setattr(tiny_llama, "stream", spy)
     sources = [File("bisect.py", training_texts()[4])]
-    found = infill_lines(tiny_llama, sources, n=6, context=110, suffix_first=suffix_first)
+    found = infill_lines(tiny_llama, sources, n=6, context=110, order=order)
     assert found.exact.n == 6
     tokenizer = tiny_llama.tokenizer
     for tokens, max_gen_len in asked:
         assert len(tokens) + max_gen_len <= 110
-        assert (tokens[2] == tokenizer.suffix_id) is suffix_first
-    again = infill_lines(tiny_llama, sources, n=4, context=110, suffix_first=suffix_first)
+        assert (tokens[2] == tokenizer.suffix_id) is (order == "spm")
+    again = infill_lines(tiny_llama, sources, n=4, context=110, order=order)
     assert [s.hole for s in again.samples] == [s.hole for s in found.samples[:4]]
     assert all(SHORTEST <= len(s.hole.line.strip()) <= LONGEST for s in found.samples)
 

@@ -16,7 +16,7 @@ from llama.evals.compression import Compression, compression, xz_bits
 from llama.evals.functions import complete_functions
 from llama.evals.instructions import answer_dialogs
 from llama.evals.intervals import ratio, share
-from llama.evals.lines import infill_lines
+from llama.evals.lines import Order, infill_lines
 from llama.evals.positions import loss_by_position
 from llama.evals.retrieval import DEPTHS, Retrieval, retrieval
 from llama.evals.sources import Source, choose, choose_files
@@ -142,11 +142,13 @@ def _makes(
 
     # Long rows one at a time: a row of 4,096 fills two cores, and more of them only take memory.
     few = max(1, ROWS * base // longest)
+    around = min(trained, 2 * base)
     return {
         "sample": lambda: _sizes(build(trained, few), choose_files(held_out, amounts.files)),
-        "functions": lambda: _functions(build(base), held_out, amounts.functions),
-        "lines-psm": lambda: _lines(build(base), held_out, amounts.lines, suffix_first=False),
-        "lines-spm": lambda: _lines(build(base), held_out, amounts.lines, suffix_first=True),
+        "functions": lambda: _functions(build(2 * base), held_out, amounts.functions),
+        "lines-psm": lambda: _lines(build(around), held_out, amounts.lines, "psm"),
+        "lines-spm": lambda: _lines(build(around), held_out, amounts.lines, "spm"),
+        "lines-none": lambda: _lines(build(around), held_out, amounts.lines, "none"),
         "positions": lambda: asdict(
             loss_by_position(build(longest, few), held_out, documents=amounts.documents, progress=True)
         ),
@@ -188,8 +190,8 @@ def _functions(llama: Llama, held_out: Sequence[Source], n: int) -> Figures:
     return {"parsed": asdict(found.parsed), "ended": asdict(found.ended), "samples": samples}
 
 
-def _lines(llama: Llama, held_out: Sequence[Source], n: int, suffix_first: bool) -> Figures:
-    found = infill_lines(llama, held_out, n, suffix_first=suffix_first, progress=True)
+def _lines(llama: Llama, held_out: Sequence[Source], n: int, order: Order) -> Figures:
+    found = infill_lines(llama, held_out, n, order=order, progress=True)
     return {
         "exact": asdict(found.exact),
         "first_line": asdict(found.first_line),

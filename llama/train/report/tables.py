@@ -112,6 +112,7 @@ def by_stage(stages: Stages) -> str:
         ("functions that end within 256 tokens", ("functions", "ended"), share),
         ("lines exact, prefix first", ("lines-psm", "exact"), share),
         ("lines exact, suffix first", ("lines-spm", "exact"), share),
+        ("lines exact, as a completion, without a suffix", ("lines-none", "exact"), share),
         ("first line right, prefix first", ("lines-psm", "first_line"), share),
         ("keys found at the base length", ("retrieval", "base"), share),
         ("keys found at the long length", ("retrieval", "long"), share),
