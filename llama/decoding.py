@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +18,12 @@ from llama.cache import KVCache
 from llama.lookup import Lookup
 from llama.model import Transformer
 from llama.parallel import Ranks
-from llama.prompts import Prompt
+from llama.prompts import FinishReason, Prompt
 from llama.sampling import Sampling, logprobs_of, sample
 from llama.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 Stop = str | int | Sequence[str | int]
 """What ends an answer besides its own end: strings, wherever they fall among the tokens, and token ids."""
-FinishReason = Literal["stop", "length", "refused"]
-"""The model or a `stop` ended the answer; it reached max_gen_len or max_seq_len; the dialog was not answered."""
 STOPPED = -1  # in place of a token: rank 0 tells the others that nobody listens any more
 NOTHING = -2  # behind a row's last token, where another row has more
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import torch
 
 from llama.checkpoint import load, open_checkpoint
 from llama.config import RopeScaling
-from llama.decoding import Answer, Event, FinishReason, Stop, decode, last_logits, prefill
+from llama.decoding import Answer, Event, Stop, decode, last_logits, prefill
 from llama.model import Transformer
 from llama.parallel import Ranks, default_dtype, start
 from llama.prompts import (
     UNSAFE_ERROR,
+    ChatPrediction,
+    CompletionPrediction,
+    Details,
     Dialog,
+    InfillingPrediction,
     Message,
     Prompt,
     check_dialog,
@@ -34,27 +38,6 @@ from llama.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 """The small checkpoint that comes with the package."""
-
-
-class Details(TypedDict, total=False):
-    """What results hold more with `logprobs`: the pieces, and their log-probabilities (None for the very first)."""
-
-    tokens: list[str]
-    logprobs: list[float | None]
-
-
-class CompletionPrediction(Details, total=False):
-    generation: str
-    finish_reason: FinishReason | None
-
-
-class InfillingPrediction(CompletionPrediction, total=False):
-    full_text: str
-
-
-class ChatPrediction(Details, total=False):
-    generation: Message
-    finish_reason: FinishReason | None
 
 
 class Llama:
@@ -97,6 +80,9 @@ class Llama:
         rope_scaling: RopeScaling | None = None,
         prefill_chunk: int = 512,
         lookup: int = 0,
+        quantize: str | None = None,
+        fast: bool = False,
+        compile: bool = False,
         timeout: float = 60.0,
     ) -> Llama:
         """Reads a checkpoint folder (default: the embedded one) onto this process, or onto the ranks of torchrun.
@@ -104,7 +90,9 @@ class Llama:
         The cache holds `max_batch_size` rows of `max_seq_len` tokens, prompt and answer together. `model_parallel_size`
         is the number of ranks that share the model (default: all), however many shards the folder has. `dtype` is
         bfloat16 on a GPU and float32 on a CPU unless given. `rope_theta` and `rope_scaling` replace params.json's.
-        `prefill_chunk` and `lookup` are the constructor's. `timeout` is how many seconds a rank waits for the others.
+        `prefill_chunk` and `lookup` are the constructor's. `quantize` is a scheme of llama/quantize (int8, int4 ...);
+        `fast` puts in the blocks of llama/fast, and `compile` compiles them for fixed shapes. `timeout` is how many
+        seconds a rank waits for the others.
         Raises ValueError, on every rank, where the folder is no whole checkpoint or does not fit its tokenizer, the
         ranks, or the memory.
 
@@ -131,7 +119,13 @@ class Llama:
             importlib.import_module("llama.interop.plan").require(args, ranks, dtype, prefill_chunk)
             with torch.device("meta"):
                 model = Transformer(args)
-            load(model, checkpoint, ranks, dtype)
+            if quantize is None:
+                load(model, checkpoint, ranks, dtype)
+            else:
+                room = importlib.import_module("llama.quantize.layers")
+                room.quantize_load(model, checkpoint, ranks, dtype, quantize)
+            if fast or compile:
+                importlib.import_module("llama.fast").prepare_(model, prefill_chunk, fast, compile, ranks.leads)
         return cls(model, tokenizer, ranks=ranks, seed=seed, prefill_chunk=prefill_chunk, lookup=lookup)
 
     # Tokens ----------------------------------------------------------------------------------------------------------
@@ -394,9 +388,8 @@ class Llama:
         if isinstance(seed, Sequence) and len(seed) == len(dialogs):
             seed = [seed[i] for i in asked]
         prompts = [*asked.values()]
-        found = (
-            self._collect(prompts, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed) if asked else []
-        )
+        settings: dict[str, Any] = {"top_k": top_k, "stop": stop, "seed": seed}
+        found = self._collect(prompts, max_gen_len, temperature, top_p, **settings) if asked else []
         results = dict(zip(asked, found, strict=True))
         return [
             ChatPrediction(

@@ -35,6 +35,10 @@ SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>", "<step>")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
+FinishReason = Literal["stop", "length", "refused"]
+"""The model or a `stop` ended the answer; it reached max_gen_len or max_seq_len; the dialog was not answered."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     tokens: list[int]
@@ -129,3 +133,27 @@ def _turns(tokenizer: Tokenizer, messages: Dialog) -> Prompt:
         tokens.append(tokenizer.step_id)
     tokens += text(" Source: assistant\nDestination: user") + text("\n\n ")
     return Prompt(tokens, frozenset({tokenizer.step_id, tokenizer.eos_id}), continues=False)
+
+
+# Answers, as the jobs return them ---------------------------------------------------------------------------------
+
+
+class Details(TypedDict, total=False):
+    """What results hold more with `logprobs`: the pieces, and their log-probabilities (None for the very first)."""
+
+    tokens: list[str]
+    logprobs: list[float | None]
+
+
+class CompletionPrediction(Details, total=False):
+    generation: str
+    finish_reason: FinishReason | None
+
+
+class InfillingPrediction(CompletionPrediction, total=False):
+    full_text: str
+
+
+class ChatPrediction(Details, total=False):
+    generation: Message
+    finish_reason: FinishReason | None
