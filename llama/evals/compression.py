@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llama.evals.batches import batches
@@ -21,6 +23,8 @@ from llama.evals.sources import Source, with_text
 from llama.generation import Llama
 
 EXTREME = 9 | lzma.PRESET_EXTREME
+Losses = NDArray[np.float64]
+"""-ln p of each token of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def compression(
     files = sorted(with_text(sources), key=lambda source: source.path)
     ids = [llama.tokenizer.encode(source.text, bos=False, eos=False) for source in files]
     length = llama.model.args.max_seq_len if length is None else length
-    stride = max(1, length // 2) if stride is None else stride
+    stride = default_stride(length, stride)
     nats = nats_of(llama, ids, length, stride, progress)
     texts = [source.text.encode() for source in files]
     leads = progress and llama.ranks.leads
@@ -117,22 +121,35 @@ def windows(tokens: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
 def nats_of(
     llama: Llama, sequences: Sequence[list[int]], length: int, stride: int, progress: bool = False
 ) -> list[float]:
-    """-ln p of each sequence of ids without bos, summed over its windows. Every window begins with bos."""
+    """-ln p of each sequence of ids without bos, summed over its windows."""
+    return [math.fsum(losses) for losses in losses_of(llama, sequences, length, stride, progress)]
+
+
+def losses_of(
+    llama: Llama, sequences: Sequence[list[int]], length: int, stride: int | None = None, progress: bool = False
+) -> list[Losses]:
+    """-ln p of each token of sequences without bos, read in windows of `length` tokens, each beginning with bos and
+    `stride` tokens after the one before (default: half a window)."""
     room = llama.model.args.max_seq_len
     if not 2 <= length <= room:
         raise ValueError(
             f"windows of {length} tokens; this model was built for windows of 2 to {room}: give another length or "
             "build with a larger max_seq_len"
         )
-    size = length - 1  # beside bos
+    size, stride = length - 1, default_stride(length, stride)  # beside bos
     if not 1 <= stride <= size:
         raise ValueError(f"a stride of {stride}; with windows of {length} tokens it must be 1 to {size}")
     jobs = [(i, *window) for i, ids in enumerate(sequences) for window in windows(len(ids), size, stride)]
     # Those of a size together, so that a batch has little padding; a stable sort, so that batches are always the same.
     jobs.sort(key=lambda job: -min(size, len(sequences[job[0]]) - job[1]))
-    nats: list[list[float]] = [[] for _ in sequences]
-    for batch in batches(llama, jobs, "windows", progress):
+    losses = [np.empty(len(ids)) for ids in sequences]
+    for batch in batches(llama, jobs, f"windows of {length}", progress):
         found = llama.score([[llama.tokenizer.bos_id, *sequences[i][first : first + size]] for i, first, _ in batch])
         for (i, first, scored), details in zip(batch, found, strict=True):
-            nats[i] += (-p for p in details["logprobs"][1 + scored - first :] if p is not None)
-    return [math.fsum(values) for values in nats]
+            new = [-p for p in details["logprobs"][1 + scored - first :] if p is not None]
+            losses[i][scored : scored + len(new)] = new
+    return losses
+
+
+def default_stride(length: int, stride: int | None) -> int:
+    return max(1, length // 2) if stride is None else stride

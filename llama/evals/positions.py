@@ -60,17 +60,9 @@ def loss_by_position(
         raise ValueError(f"a length of {length}; give 2 to {room}, or build with a larger max_seq_len")
     if not 1 <= bins < length:
         raise ValueError(f"{bins} bins for {length} tokens; give 1 to {length - 1}")
-    read = {s.path: llama.tokenizer.encode(s.text, bos=True, eos=False) for s in with_text(sources)}
-    longest = max(len(ids) for ids in read.values())
-    enough = [source for source in sources if len(read.get(source.path, ())) >= length]
-    if not enough:
-        raise ValueError(
-            f"no document has {length} tokens, the longest {longest}: give longer files, several joined, or a shorter "
-            "length"
-        )
-    paths = [source.path for source in choose_files(enough, documents)]
+    read = long_documents(llama.tokenizer, sources, length, documents)
     edges = [1 + (length - 1) * i // bins for i in range(bins + 1)]
-    rows = [read[path][:length] for path in paths]
+    rows = [ids[:length] for ids in read.values()]
     nats: list[list[float]] = []
     for batch in batches(llama, rows, "documents", progress):
         for details in llama.score(batch):
@@ -82,7 +74,23 @@ def loss_by_position(
         loss_here, bytes_here = [row[i] for row in nats], [row[i] for row in sizes]
         per_token = ratio(loss_here, [end - start] * len(rows))
         found.append(Bin(start, end, per_token, ratio([value / math.log(2) for value in loss_here], bytes_here)))
-    return Positions(length, tuple(paths), tuple(found))
+    return Positions(length, tuple(read), tuple(found))
+
+
+def long_documents(
+    tokenizer: Tokenizer, sources: Sequence[Source], length: int, n: int | None = None
+) -> dict[str, list[int]]:
+    """The ids, bos first, of `n` documents (None: all) that have at least `length` of them, chosen by a hash of their
+    paths and in the order of these. Raises ValueError, with the longest there is, where none has."""
+    read = {source.path: tokenizer.encode(source.text, bos=True, eos=False) for source in with_text(sources)}
+    enough = [source for source in sources if len(read.get(source.path, ())) >= length]
+    if not enough:
+        longest = max(read, key=lambda path: len(read[path]))
+        raise ValueError(
+            f"no document has {length} tokens, the longest {len(read[longest])} ({longest}): give longer files, "
+            "several joined, or a shorter length"
+        )
+    return {source.path: read[source.path] for source in choose_files(enough, n)}
 
 
 def _sums(values: NDArray[np.float64], edges: Sequence[int]) -> list[float]:
