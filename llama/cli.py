@@ -38,6 +38,12 @@ ROOMS = {
     "download": ("llama.interop.download:command", "Downloads a checkpoint from the Hugging Face hub."),
     "check": ("llama.interop.check:command", "Says of each file of a checkpoint whether it is whole, and the remedy."),
     "plan": ("llama.interop.plan:command", "What a run takes of memory, whether it fits, and what would."),
+    "longcontext": (
+        "llama.longcontext.cli:COMMANDS",
+        "RoPE schemes and long contexts: spectra, perplexity, sweeps, retrieval.",
+    ),
+    "quantize": ("llama.quantize.cli:command", "Rewrites a checkpoint in 8 or 4 bits, or reports what that loses."),
+    "bench": ("llama.bench.cli:command", "Measures speed and memory, beside the machine's limits and transformers."),
     "evals": ("llama.evals.cli:COMMANDS", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
 }
 """Verbs of the rooms: a function, or a table of them, and what they do. A room is imported when it is asked for."""

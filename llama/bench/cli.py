@@ -1,0 +1,492 @@
+"""`codellama bench`: words become models, measures and records.
+
+Every variant is a function that changes a fresh model in place, in one table; so is every peer. Whatever room makes it
+fast or small is imported when it is asked for. Under torchrun every rank measures; rank 0 prints and writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fire.decorators import SetParseFns
+
+from llama.bench import editing as editings
+from llama.bench.figures import Figure, draw, figures, rows_of, table
+from llama.bench.measures import (
+    Machine,
+    Measured,
+    decode,
+    first_token,
+    loading,
+    prefill,
+    roofline,
+    touch,
+)
+from llama.bench.memory import growth, in_fresh_process
+from llama.bench.peer import Transformers, transformers_model
+from llama.bench.roofline import PLAIN, Pack
+from llama.bench.rounds import spread
+from llama.bench.shapes import SHAPES, random_model, shape_args, tokenizer_of, write_tokenizer
+from llama.bench.subject import Ours, Subject, Work, work_of
+from llama.checkpoint import open_checkpoint, save
+from llama.cli import PATHS, build
+from llama.evals.cli import read_sources
+from llama.evals.record import Record, origin, save_record
+from llama.evals.table import render
+from llama.generation import EMBEDDED, Llama
+from llama.interop.huggingface import to_config
+from llama.interop.names import ROTATED, to_halves, to_huggingface
+from llama.model import Transformer
+from llama.parallel import DTYPES, start
+
+MEASURES = ("decode", "loop", "prefill", "first_token", "load", "memory")
+LONG = 16384  # tokens of the prompt that --long adds
+PRESET_OPTIONS = ("device", "dtype", "model_parallel_size", "prefill_chunk", "timeout")
+WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "*.bin", "*.gguf")
+ROOM = 1024  # tokens of a case of --editing
+
+
+# Variants ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a model."""
+
+    change_: Callable[[Transformer], object] | None = None
+    """What is done to a fresh model, in place."""
+    settle_: Callable[[Llama], object] | None = None
+    """What is done again for each new cache."""
+    bits: float | None = None
+    """Of a weight as it lies in memory, scales included; None: the dtype's."""
+    arithmetic: str | None = None
+    """In which matrices are multiplied; None: the dtype."""
+    lookup: int = 0
+
+
+def _from(module: str, name: str) -> Callable[..., Any]:
+    """A function of another room, or, where this version has no such room, a sentence."""
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
+            raise
+        raise ValueError(f"that variant needs {module}.{name}, which this version of the package lacks") from error
+    return found
+
+
+def _speed_up_(model: Transformer) -> None:
+    _from("llama.fast", "speed_up_")(model)
+
+
+def _quantize_(scheme: str, model: Transformer) -> None:
+    """Quantised, in fused blocks."""
+    _from("llama.quantize.layers", "quantize_")(model, scheme)
+    _from("llama.fast", "speed_up_")(model, _from("llama.quantize.layers", "joined"))
+
+
+def _compile_(llama: Llama) -> None:
+    llama.model.__dict__.pop("hidden", None)  # what was compiled for another cache
+    _from("llama.fast.compiled", "compile_")(llama.model, llama.prefill_chunk, llama.ranks.leads)
+
+
+VARIANTS: dict[str, Variant] = {
+    "plain": Variant(),
+    "fast": Variant(_speed_up_),
+    "int8": Variant(partial(_quantize_, "int8"), bits=8),
+    "int4": Variant(partial(_quantize_, "int4"), bits=5),  # groups of 32, each with two more numbers of 16 bits
+    "int4:128": Variant(partial(_quantize_, "int4:128"), bits=4.25),
+    "int8-dynamic": Variant(partial(_quantize_, "int8-dynamic"), bits=8, arithmetic="int8"),
+    "nf4": Variant(partial(_quantize_, "nf4"), bits=4.25),
+    "compile": Variant(settle_=_compile_),
+    "lookup": Variant(lookup=8),
+}
+"""Names of --variants. Several are joined by +, and done in that order: fast+compile."""
+
+
+def variant_of(name: str) -> Variant:
+    """That of a name, or of several joined by +. ValueError for a name that there is not."""
+    parts = []
+    for word in name.split("+"):
+        if word not in VARIANTS:
+            raise ValueError(f"there is no variant {word}; choose {', '.join(VARIANTS)}, or several joined by +")
+        parts.append(VARIANTS[word])
+    changes = [part.change_ for part in parts if part.change_]
+    settles = [part.settle_ for part in parts if part.settle_]
+
+    def change_(model: Transformer) -> None:
+        for one in changes:
+            one(model)
+
+    def settle_(llama: Llama) -> None:
+        for one in settles:
+            one(llama)
+
+    return Variant(
+        change_,
+        settle_ if settles else None,
+        next((part.bits for part in parts if part.bits), None),
+        next((part.arithmetic for part in parts if part.arithmetic), None),
+        max(part.lookup for part in parts),
+    )
+
+
+def as_transformers(llama: Llama, work: Work) -> Transformers:
+    """transformers' model of a fresh model's weights."""
+    if llama.ranks.world_size > 1:
+        raise ValueError("--against transformers runs in one process: leave torchrun out, or the peer")
+    args, dtype = llama.model.args, llama.model.norm.weight.dtype
+    weights = {}
+    for name, weight in llama.model.named_parameters():
+        theirs = to_huggingface(name)
+        assert theirs is not None
+        weights[theirs] = to_halves(weight, args.head_dim) if ROTATED.fullmatch(name) else weight.detach()
+    config = {key: value for key, value in to_config(args, dtype).items() if key != "torch_dtype"}
+    return Transformers(transformers_model(config, weights), work)
+
+
+PEERS: dict[str, Callable[[Llama, Work], Subject]] = {"transformers": as_transformers}
+"""Names of --against."""
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where fresh models come from: a checkpoint, or a preset."""
+
+    preset: str | None
+    layers: int | None
+    options: Mapping[str, Any]
+    """Those of Llama.build."""
+
+    def fresh(self) -> Llama:
+        """A Llama that nothing has changed yet; room for its tokens is made when it is measured."""
+        if self.preset is None:
+            return build(**{"max_seq_len": 128, "max_batch_size": 1, **self.options})
+        wrong = [name for name in self.options if name not in PRESET_OPTIONS]
+        if wrong:
+            raise ValueError(
+                f"--{wrong[0]} with --preset; a preset takes {', '.join('--' + n for n in PRESET_OPTIONS)}"
+            )
+        options = dict(self.options)
+        dtype = str(options.pop("dtype"))
+        chunk = int(options.pop("prefill_chunk", 512))
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
+        ranks = start(**options)
+        args = shape_args(self.preset, self.layers)
+        args.max_batch_size, args.max_seq_len = 1, 128
+        model = random_model(args, ranks.device, DTYPES[dtype])
+        return Llama(model, tokenizer_of(args.vocab_size), ranks=ranks, prefill_chunk=chunk)
+
+    def changed(self, name: str) -> tuple[Llama, Work, Variant]:
+        """The same as a variant, and what it must do."""
+        variant = variant_of(name)
+        llama = self.fresh()
+        llama.lookup = variant.lookup
+        work = work_of(llama.model, variant.bits, variant.arithmetic)
+        if variant.change_ is not None:
+            variant.change_(llama.model)
+        return llama, work, variant
+
+    def subject(self, name: str) -> Subject:
+        """A variant, or a peer, to be measured."""
+        if name in PEERS:
+            llama = self.fresh()
+            return PEERS[name](llama, work_of(llama.model))
+        llama, work, variant = self.changed(name)
+        return Ours(llama, work, variant.settle_)
+
+    def model(self, name: str) -> Transformer:
+        """A variant's model alone."""
+        return self.changed(name)[0].model
+
+    @property
+    def whole_layers(self) -> int | None:
+        """How many layers the preset has, where fewer are measured."""
+        whole = None if self.preset is None else int(SHAPES[self.preset]["n_layers"])
+        return None if self.layers in (None, whole) else whole
+
+    def files(self) -> list[Path]:
+        """The files of a checkpoint's weights."""
+        path = Path(self.options.get("ckpt_dir") or EMBEDDED)
+        if path.is_file():
+            return [path]
+        found = [sorted(path.glob(pattern)) for pattern in WEIGHT_FILES]
+        return next((files for files in found if files), [])
+
+
+def _words(given: Any, default: Sequence[str]) -> list[str]:
+    """What fire makes of words with commas between."""
+    if given is None:
+        return list(default)
+    return [str(word) for word in (given.split(",") if isinstance(given, str) else given)]
+
+
+def _numbers(given: Any) -> list[int]:
+    return [int(number) for number in (given if isinstance(given, Sequence) else [given])]
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+@SetParseFns(preset=str, variants=str, measures=str, against=str, out=str, sources=str, **PATHS)  # type: ignore[untyped-decorator]
+def command(
+    *,
+    preset: str | None = None,
+    layers: int | None = None,
+    variants: str | None = None,
+    against: str | None = None,
+    measures: str | None = None,
+    batches: int | Sequence[int] = (1, 8, 32),
+    lengths: int | Sequence[int] = (512, 2048),
+    long: bool = False,
+    prompt: int = 128,
+    tokens: int = 32,
+    rounds: int = 7,
+    size: float = 1.0,
+    editing: bool = False,
+    lookup: int = 8,
+    prompts: int = 8,
+    sources: str | None = None,
+    out: str | None = None,
+    **options: Any,
+) -> None:
+    """How fast a model decodes, reads prompts, gives its first token and loads, and the memory that it takes.
+
+    Each figure is the median of rounds in which all variants take turns, with the lowest and the highest round; ratios
+    are taken within rounds. Beside it stands what the machine would allow, measured in the same rounds.
+
+    Args:
+        preset: a shape with random weights instead of a checkpoint: 7B, 13B, 34B, 70B, or S (110 M) and M (1.1 B).
+        layers: how many of the preset's layers; figures for all are then extrapolated, and say so.
+        variants: plain, fast, int8, int4, int4:128, int8-dynamic, nf4, compile, lookup, with commas between; + joins
+            several: fast+compile (default: plain and fast).
+        against: a peer with the same weights: transformers.
+        measures: some of decode, loop, prefill, first_token, load, memory (default: all, but load for checkpoints
+            only: for a preset it writes the weights to a scratch folder).
+        batches: rows that are decoded together.
+        lengths: tokens of the prompts of prefill; the first also of first_token, the last of memory.
+        long: a prompt of 16,384 tokens as well.
+        prompt: tokens before those that are decoded.
+        tokens: how many are decoded in a round.
+        rounds: that count, after one that doesn't.
+        size: of the probes of the machine; 1 for figures, less to try.
+        editing: measure what prompt lookup brings instead.
+        lookup: tokens that --editing guesses at a time.
+        prompts: of each kind for --editing.
+        sources: a folder of .py files or a corpus for --editing (default: held-out files of the standard library).
+        out: a folder for CSV, JSON and PNG.
+        options: those of Llama.build: --ckpt_dir --device --dtype (default: bfloat16) --prefill_chunk …
+    """
+    began = time.monotonic()
+    if layers is not None and preset is None:
+        raise ValueError("--layers without --preset: a checkpoint is measured whole")
+    taken = [name for name in ("max_seq_len", "max_batch_size") if name in options]
+    if taken:
+        raise ValueError(f"--{taken[0]} is chosen by the measures: give --batches, --lengths and --tokens instead")
+    twice = [name for name in ("fast", "quantize", "compile") if name in options]
+    if twice:
+        raise ValueError(f"--{twice[0]} is a variant here: name it in --variants, so that it takes turns with others")
+    source = Source(preset, layers, {"dtype": "bfloat16", **options})
+    names = _words(variants, _default_variants())
+    asked = {"preset": preset, "layers": layers, "variants": names, "rounds": rounds, **source.options}
+    if editing:
+        _edit(source, names, lookup, prompts, rounds, read_sources(sources), out, {**asked, "sources": sources}, began)
+        return
+    wanted = _words(measures, [m for m in MEASURES if preset is None or m != "load"])
+    peers = _words(against, ())
+    if any(measure not in MEASURES for measure in wanted) or any(peer not in PEERS for peer in peers):
+        raise ValueError(
+            f"--measures {','.join(wanted)} --against {','.join(peers) or 'nothing'}; choose of {', '.join(MEASURES)}, "
+            f"and against there is {', '.join(PEERS)}"
+        )
+    sizes = [*_numbers(lengths), *([LONG] if long else [])]
+    bases = list(dict.fromkeys([*peers, names[0]]))
+    subjects = {name: source.subject(name) for name in [*peers, *names]}
+    lead = next(subject.llama for subject in subjects.values() if isinstance(subject, Ours))
+    device, chunk, leads = lead.ranks.device, lead.prefill_chunk, lead.ranks.leads
+    machine = Machine(lead.model.args, device, chunk, rounds, ways=_ways(), size=size, progress=leads)
+    found = roofline(machine, list(dict.fromkeys(["float32", *(s.work.arithmetic for s in subjects.values()), "int8"])))
+    alone, loop = "decode" in wanted, "loop" in wanted
+    for rows in _numbers(batches) if alone or loop else ():
+        found += decode(machine, subjects, rows, prompt, tokens, source.whole_layers, alone=alone, loop=loop)
+    for length in sizes if "prefill" in wanted else ():
+        found += prefill(machine, subjects, length, source.whole_layers)
+    if "first_token" in wanted:
+        found.append(first_token(machine, subjects, sizes[0]))
+    if "load" in wanted:
+        found.append(_loading(machine, source, names, subjects))
+    shown = [figure for measured in found for figure in figures(measured, bases)]
+    if "memory" in wanted and lead.ranks.world_size == 1:
+        del subjects, machine  # the processes need the room
+        shown += _memory(source, [*peers, *names], sizes[-1])
+    if leads:
+        used = {"against": peers, "prompt": prompt, "tokens": tokens, "prefill_chunk": chunk, "size": size}
+        _report(lead, shown, bases, {**asked, **used}, out, began)
+
+
+def _default_variants() -> list[str]:
+    return ["plain", *(["fast"] if importlib.util.find_spec("llama.fast") else [])]
+
+
+def _ways() -> dict[str, Pack]:
+    """Ways to lay out a weight, of which the best is the limit: plain, and the one that the room `fast` has."""
+    try:
+        return {**PLAIN, ", packed": _from("llama.fast.packing", "packed")}
+    except ValueError:
+        return dict(PLAIN)
+
+
+def _loading(machine: Machine, source: Source, names: Sequence[str], subjects: Mapping[str, Subject]) -> Measured:
+    """Of a checkpoint; of a preset's weights, written as one; and by a peer of the same, in its own format."""
+    with TemporaryDirectory() as folder:
+        scratch, stored = Path(folder), source
+        if source.preset is not None:
+            stored = _written(source, scratch)
+        builds: dict[str, Callable[[], Any]] = {}
+        for name, subject in subjects.items():
+            if isinstance(subject, Transformers):
+                subject.model.save_pretrained(scratch / name)
+                builds[name] = partial(type(subject.model).from_pretrained, scratch / name, dtype=subject.model.dtype)
+        builds |= {name: partial(stored.model, name) for name in names}
+        return loading(machine, builds, stored.files())
+
+
+def _written(source: Source, scratch: Path) -> Source:
+    """A preset's random weights as a checkpoint in a folder."""
+    llama = source.fresh()
+    if llama.ranks.world_size > 1:
+        raise ValueError("--measures load of a --preset runs in one process: leave torchrun out, or load")
+    tokenizer = scratch / "tokenizer.model"
+    write_tokenizer(llama.model.args.vocab_size, tokenizer)
+    save(scratch / "ours", llama.model.args, dict(llama.model.named_parameters()), 1, tokenizer)
+    return Source(None, None, {**source.options, "ckpt_dir": str(scratch / "ours")})
+
+
+def _memory(source: Source, names: Sequence[str], tokens: int) -> list[Figure]:
+    """Two figures for each model, each model in a process of its own."""
+    found = []
+    for name in names:
+        asked = {"variant": name, "tokens": tokens, "preset": source.preset, "layers": source.layers, **source.options}
+        memory = in_fresh_process(asked)
+        for measure, size in (("memory, all", memory.total), ("memory above weights and cache", memory.above)):
+            found.append(Figure(measure, name, 1, tokens, None, "MB", spread([size / 1e6]), "", None, {}))
+    return sorted(found, key=lambda figure: figure.measure)
+
+
+@SetParseFns(variant=str, preset=str, **PATHS)  # type: ignore[untyped-decorator]
+def grow(*, variant: str, tokens: int, preset: str | None = None, layers: int | None = None, **options: Any) -> None:
+    """Prints by how many bytes a run makes this process grow: to be started in a fresh one, as `bench` does.
+
+    Args:
+        variant: or a peer.
+        tokens: of the prompt that is read.
+        preset: as of bench.
+        layers: as of bench.
+        options: those of Llama.build.
+    """
+    source = Source(preset, layers, {"dtype": "bfloat16", **options})
+
+    def warm_up() -> None:
+        small = Source(None, None, {key: value for key, value in source.options.items() if key in PRESET_OPTIONS})
+        subject = small.subject(variant)
+        subject.room(1, 128)
+        subject.read([[3] * 100])
+
+    def make() -> Subject:
+        subject = source.subject(variant)
+        touch(subject.llama.model if isinstance(subject, Ours) else subject.model)  # type: ignore[attr-defined]
+        return subject
+
+    words = open_checkpoint(source.options.get("ckpt_dir") or EMBEDDED).args().vocab_size if preset is None else 0
+    device = start(device=options.get("device")).device
+    found = growth(warm_up, make, words or shape_args(str(preset)).vocab_size, tokens, device)
+    print(json.dumps(asdict(found)))
+
+
+def _report(
+    llama: Llama,
+    shown: Sequence[Figure],
+    bases: Sequence[str],
+    asked: Mapping[str, Any],
+    out: str | None,
+    began: float,
+) -> None:
+    print(table(shown, bases))
+    if out is not None:
+        save_record(Record("bench", rows_of(shown), asked), out, began, llama, partial(draw, shown))
+    print(json.dumps({"measure": "bench", **origin(llama), **asked, "figures": _given(shown)}, default=str))
+
+
+def _given(shown: Sequence[Figure]) -> list[dict[str, Any]]:
+    """The figures without what they don't have."""
+    return [{key: value for key, value in row.items() if value is not None} for row in rows_of(shown)]
+
+
+def _edit(
+    source: Source,
+    names: Sequence[str],
+    lookup: int,
+    prompts: int,
+    rounds: int,
+    files: Sequence[Any],
+    out: str | None,
+    asked: Mapping[str, Any],
+    began: float,
+) -> None:
+    """`--editing`: prompt lookup on each variant by itself."""
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        llama, work, variant = source.changed(name)
+        Ours(llama, work, variant.settle_).room(1, ROOM)
+        cases = editings.cases(
+            llama.tokenizer,
+            llama.model.args.vocab_size,
+            files,
+            ROOM,
+            most=ROOM // 8,
+            each=prompts,
+            own=source.preset is None,
+        )
+        found = editings.editing(llama, cases, lookup, rounds, progress=llama.ranks.leads)
+        rows += [{"variant": name, **asdict(one)} for one in found]
+    if not llama.ranks.leads:
+        return
+    header = ["", "", "tokens/s without", f"with {lookup}", "ratio (lowest–highest)", "guesses right", "tokens a pass"]
+    print(render(header, [_edit_row(row) for row in rows]))
+    if out is not None:
+        flat = [{key: _median(value) for key, value in row.items()} for row in rows]
+        save_record(Record("editing", flat, {**asked, "lookup": lookup}), out, began, llama)
+    print(json.dumps({"measure": "editing", **origin(llama), **asked, "lookup": lookup, "kinds": rows}, default=str))
+
+
+def _edit_row(row: Mapping[str, Any]) -> list[str]:
+    ratio, accepted = row["ratio"], row["accepted"]
+    return [
+        row["variant"],
+        row["kind"],
+        f"{row['without']['median']:,.1f}",
+        f"{row['with_lookup']['median']:,.1f}",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})",
+        f"{accepted['rate']:.0%} of {accepted['n']}" if accepted else "none",
+        f"{row['tokens_per_pass']:.2f}",
+    ]
+
+
+def _median(value: Any) -> Any:
+    """Of a spread or a share as a dictionary, its one figure."""
+    if not isinstance(value, dict):
+        return value
+    return value["median"] if "median" in value else value["rate"]
