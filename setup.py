@@ -13,6 +13,8 @@ EXTRAS = {
     "hf": ["safetensors>=0.4", "huggingface_hub>=0.23"],
     # GGUF files, and the tokenizers in them.
     "gguf": ["gguf>=0.10", "protobuf>=4"],
+    # 4-bit weights in the published ecosystem's own format.
+    "bnb": ["bitsandbytes>=0.46"],
     # Tests: independent implementations to compare with, and what .ci/run checks with.
     "test": [
         "protobuf>=4",

@@ -79,6 +79,9 @@ class KVCache:
         self.rows, self.slots, self.bucket = rows, slots, bucket
         self.owner: object = None
         """Whoever writes rows over many steps puts itself here, and can tell when another has taken them."""
+        self.tokens: list[int] = []
+        """Those of row 0, as far as they are known; all but the last are written. Who begins the same may build on
+        them, and whoever writes the row by himself sets them."""
 
     @property
     def nbytes(self) -> int:

@@ -104,19 +104,24 @@ class Weights(Protocol):
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor: ...
 
 
-FORMATS = {"config.json": "llama.interop.huggingface", ".gguf": "llama.interop.gguf"}
-"""What else a checkpoint may be, by a file of its folder or by its own ending, and the module whose `open_weights`
-reads it. Such a module is imported when it is wanted."""
+FORMATS = {
+    "config.json": "llama.interop.huggingface",
+    ".gguf": "llama.interop.gguf",
+    "quantization": "llama.quantize.saved",
+}
+"""What else a checkpoint may be, by a file of its folder, by its own ending, or by an entry of its params.json, and the
+module whose `open_weights` reads it. Such a module is imported when it is wanted."""
 
 
 def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Weights:
     """A checkpoint of any format, opened but not read. Raises ValueError as `Checkpoint` does."""
     path = Path(ckpt_dir)
-    if not (path / "params.json").is_file():
-        for mark, module in FORMATS.items():
-            if path.suffix == mark or (path / mark).is_file():
-                weights: Weights = importlib.import_module(module).open_weights(path)
-                return weights
+    params = path / "params.json"
+    entries = read_params(params) if params.is_file() else {}
+    for mark, module in FORMATS.items():
+        if mark in entries or (not entries and (path.suffix == mark or (path / mark).is_file())):
+            weights: Weights = importlib.import_module(module).open_weights(path)
+            return weights
     return Checkpoint(path)
 
 

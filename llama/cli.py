@@ -13,6 +13,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from llama.prompts import Message, dialog, infilling
 from llama.rope import SPECTRA
 
 FILL = "<FILL>"
-PATHS = {"ckpt_dir": str, "tokenizer_path": str}  # fire would read 1e3 as a number
+PATHS = {"ckpt_dir": str, "tokenizer_path": str, "load_cache": str, "save_cache": str}  # not a number, were it 1e3
 ROOMS = {
     "train": ("llama.train.cli:COMMANDS", "Trains a small checkpoint."),
     "convert": ("llama.interop.convert:command", "Rewrites a checkpoint in another format or number of shards."),
@@ -50,12 +51,19 @@ ROOMS = {
 
 
 def build(**options: Any) -> Llama:
-    """`Llama.build` for the command line: `dtype` and `rope_scaling` may be words, and unknown options are named."""
-    allowed = inspect.signature(Llama.build).parameters
+    """`Llama.build` for the command line: `dtype` and `rope_scaling` may be words, unknown options are named, and
+    `kv_dtype` int8 gives a cache of a byte a number (longcontext/int8_cache.py)."""
+    kv_dtype = options.pop("kv_dtype", None)
+    if kv_dtype not in (None, "int8"):
+        raise ValueError(f"--kv_dtype {kv_dtype} is unknown; there is int8, or leave it out for the model's own")
+    allowed = [*inspect.signature(Llama.build).parameters, "kv_dtype"]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise ValueError(f"unknown option --{unknown[0]}; there are {', '.join('--' + name for name in allowed)}")
-    return Llama.build(**_objects(options))
+    llama = Llama.build(**_objects(options))
+    if kv_dtype is not None:
+        llama.model.cache = importlib.import_module("llama.longcontext.int8_cache").int8_cache(llama.model)
+    return llama
 
 
 def _objects(options: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +95,20 @@ def register_scheme(place: str) -> str:
     return name
 
 
+@contextmanager
+def _cache_files(llama: Llama, load: str | None, save: str | None) -> Iterator[None]:
+    """Restores what a file holds into the cache, and after the block writes one of what it holds then."""
+    if load is None and save is None:
+        yield
+        return
+    files = importlib.import_module("llama.longcontext.saved_cache")
+    if load is not None:
+        files.load_cache(llama, load)
+    yield
+    if save is not None:
+        files.save_cache(llama, save)
+
+
 @SetParseFns(prompt=str, stop=str, **PATHS)  # type: ignore[untyped-decorator]
 def complete(
     prompt: str,
@@ -98,19 +120,25 @@ def complete(
     stop: str | None = None,
     seed: int = 1,
     echo: bool = True,
+    load_cache: str | None = None,
+    save_cache: str | None = None,
     **options: Any,
 ) -> None:
     """Continues PROMPT ("-": standard input) and prints both, or with --noecho the continuation alone.
 
-    Further options are those of Llama.build: --ckpt_dir --tokenizer_path --max_seq_len --max_batch_size
-    --model_parallel_size --device --dtype --rope_theta --rope_scaling --timeout.
+    --save_cache FILE keeps what was read and written, and --load_cache FILE takes it up again: of a prompt that begins
+    the same, only the rest is read. --kv_dtype int8 halves the cache. Further options are those of Llama.build:
+    --ckpt_dir --tokenizer_path --max_seq_len --max_batch_size --model_parallel_size --device --dtype --rope_theta
+    --rope_scaling --timeout.
     """
     llama = build(seed=seed, **options)
     text = llama.ranks.broadcast_object(sys.stdin.read() if llama.ranks.leads and prompt == "-" else prompt)
-    events = llama.stream([text], max_gen_len, temperature, top_p, top_k=top_k, stop=stop or (), seed=seed)
-    _say(llama, text if echo else "")
-    _print_stream(llama, events)
-    _say(llama, "\n")
+    settings: dict[str, Any] = {"top_k": top_k, "stop": stop or (), "seed": seed, "reuse": True}
+    with _cache_files(llama, load_cache, save_cache):
+        events = llama.stream([text], max_gen_len, temperature, top_p, **settings)
+        _say(llama, text if echo else "")
+        _print_stream(llama, events)
+        _say(llama, "\n")
 
 
 @SetParseFns(file=str, **PATHS)  # type: ignore[untyped-decorator]
@@ -122,6 +150,8 @@ def infill(
     max_gen_len: int | None = None,
     suffix_first: bool = False,
     seed: int = 1,
+    load_cache: str | None = None,
+    save_cache: str | None = None,
     **options: Any,
 ) -> None:
     """Prints FILE ("-": standard input) with its one <FILL> filled in. Options as for complete."""
@@ -137,10 +167,11 @@ def infill(
                 raise ValueError(f"{file} has {text.count(FILL)} places marked {FILL}; it needs exactly one")
     prefix, suffix = llama.ranks.broadcast_object(text).split(FILL)
     prompt = infilling(llama.tokenizer, prefix, suffix, suffix_first)
-    events = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed)
-    _say(llama, prefix)
-    _print_stream(llama, events)
-    _say(llama, suffix)
+    with _cache_files(llama, load_cache, save_cache):
+        events = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed, reuse=True)
+        _say(llama, prefix)
+        _print_stream(llama, events)
+        _say(llama, suffix)
 
 
 @SetParseFns(system=str, **PATHS)  # type: ignore[untyped-decorator]
@@ -151,6 +182,8 @@ def chat(
     top_p: float = 0.95,
     max_gen_len: int | None = None,
     seed: int = 1,
+    load_cache: str | None = None,
+    save_cache: str | None = None,
     **options: Any,
 ) -> None:
     """A conversation. /reset forgets it, Ctrl-C stops an answer, Ctrl-D or /exit ends. Options as for complete.
@@ -161,19 +194,20 @@ def chat(
     llama = build(**{"seed": seed, "max_batch_size": 1, **options})
     opening: list[Message] = [Message(role="system", content=str(system))] if system else []
     messages = list(opening)
-    while (line := _read_line(llama)) is not None and line != "/exit":
-        if line == "/reset":
-            messages = list(opening)
-        elif line:
-            try:
-                prompt = dialog(llama.tokenizer, [*messages, Message(role="user", content=line)])
-                stream = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed, reuse=True)
-            except ValueError as error:
-                _say(llama, f"({error}; /reset begins anew)\n")
-                continue
-            answer = _print_stream(llama, stream)
-            _say(llama, "\n")
-            messages += [Message(role="user", content=line), Message(role="assistant", content=answer)]
+    with _cache_files(llama, load_cache, save_cache):
+        while (line := _read_line(llama)) is not None and line != "/exit":
+            if line == "/reset":
+                messages = list(opening)
+            elif line:
+                try:
+                    prompt = dialog(llama.tokenizer, [*messages, Message(role="user", content=line)])
+                    stream = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed, reuse=True)
+                except ValueError as error:
+                    _say(llama, f"({error}; /reset begins anew)\n")
+                    continue
+                answer = _print_stream(llama, stream)
+                _say(llama, "\n")
+                messages += [Message(role="user", content=line), Message(role="assistant", content=answer)]
 
 
 def _read_line(llama: Llama) -> str | None:
@@ -231,6 +265,9 @@ def run(component: Any, name: str | None = None) -> None:
     """Runs a function, or a table of them, as a command by fire. What a user got wrong is one paragraph on rank 0's
     standard error and exit code 1 on every rank."""
     leads = os.environ.get("RANK", "0") == "0"
+    # A function that takes any option takes --help for one, so fire is asked behind its own mark.
+    if "--help" in sys.argv and "--" not in sys.argv:
+        sys.argv = [*(word for word in sys.argv if word != "--help"), "--", "--help"]
     # "-" is a file's name here (standard input), not fire's separator.
     words = [*sys.argv[1:], *([] if "--" in sys.argv else ["--"]), "--separator=\x1f"]
     try:

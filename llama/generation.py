@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint import load, open_checkpoint
+from llama.checkpoint import open_checkpoint
 from llama.config import RopeScaling
 from llama.decoding import Answer, Event, Stop, decode, last_logits, prefill
 from llama.model import Transformer
@@ -62,7 +62,6 @@ class Llama:
         self.prefill_chunk = prefill_chunk
         self.lookup = lookup
         self._seeds = torch.Generator().manual_seed(seed)
-        self._last: Answer | None = None  # whose keys and values stand in row 0 of the cache
 
     @classmethod
     def build(
@@ -119,11 +118,9 @@ class Llama:
             importlib.import_module("llama.interop.plan").require(args, ranks, dtype, prefill_chunk)
             with torch.device("meta"):
                 model = Transformer(args)
-            if quantize is None:
-                load(model, checkpoint, ranks, dtype)
-            else:
-                room = importlib.import_module("llama.quantize.layers")
-                room.quantize_load(model, checkpoint, ranks, dtype, quantize)
+            # Whatever was saved quantised stays so; a plain checkpoint is read by `checkpoint.load`.
+            rooms = importlib.import_module("llama.quantize.layers")
+            rooms.quantize_load(model, checkpoint, ranks, dtype, quantize)
             if fast or compile:
                 importlib.import_module("llama.fast").prepare_(model, prefill_chunk, fast, compile, ranks.leads)
         return cls(model, tokenizer, ranks=ranks, seed=seed, prefill_chunk=prefill_chunk, lookup=lookup)
@@ -192,16 +189,17 @@ class Llama:
         for first in range(0, len(answers), rows):
             active = sorted(answers[first : first + rows], key=lambda a: len(a.tokens), reverse=True)
             known = self._known(active[0].tokens) if reuse and len(active) == 1 else 0
-            self._last, self.model.own_cache().owner = None, active
+            cache = self.model.own_cache()
+            cache.owner, cache.tokens = active, []
             logits = last_logits(self.model, [a.tokens for a in active], self.prefill_chunk, known)
-            self._last = active[0] if len(active) == 1 else None
+            cache.tokens = active[0].tokens if len(active) == 1 else []  # the very list, which grows with the answer
             if not (yield from decode(self.model, self.ranks, active, logits)):
                 return
         yield from (answer.end("length") for answer in full)
 
     def _known(self, tokens: list[int]) -> int:
         """How many of `tokens`, short of the last, are those whose keys and values stand in row 0 of the cache."""
-        read = self._last.tokens[:-1] if self._last else []  # the last token was sampled, perhaps not read
+        read = self.model.own_cache().tokens[:-1]  # the last token was sampled, perhaps not read
         both = zip(read, tokens[:-1], strict=False)
         return next((i for i, (a, b) in enumerate(both) if a != b), min(len(read), len(tokens) - 1))
 
@@ -215,7 +213,8 @@ class Llama:
         sequences = [self._prompt(text).tokens for text in texts]
         for row, tokens in enumerate(sequences):
             self._check(row, tokens)
-        self._last = self.model.own_cache().owner = None
+        cache = self.model.own_cache()
+        cache.owner, cache.tokens = None, []
         found: list[list[float | None]] = [[None] for _ in sequences]
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         rows = self.model.args.max_batch_size

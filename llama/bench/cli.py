@@ -91,7 +91,7 @@ def _speed_up_(model: Transformer) -> None:
 def _quantize_(scheme: str, model: Transformer) -> None:
     """Quantised, in fused blocks."""
     _from("llama.quantize.layers", "quantize_")(model, scheme)
-    _from("llama.fast", "speed_up_")(model, _from("llama.quantize.layers", "joined"))
+    _from("llama.fast", "speed_up_")(model)
 
 
 def _compile_(llama: Llama) -> None:

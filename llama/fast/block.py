@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from llama.cache import Span
 from llama.fast.attention import attend
-from llama.fast.packing import Join, join_weights, put_
+from llama.fast.packing import join, put_
 from llama.model import Attend, Extend, RMSNorm, Transformer, TransformerBlock
 
 
 class FusedBlock(nn.Module):
     """What a TransformerBlock computes, from its weights, which it takes over."""
 
-    def __init__(self, block: TransformerBlock, n_heads: int, join: Join) -> None:
+    def __init__(self, block: TransformerBlock, n_heads: int) -> None:
         super().__init__()
         attention, feed_forward = block.attention, block.feed_forward
         self.head_dim, self.n_heads = attention.head_dim, n_heads
@@ -61,11 +61,11 @@ def _norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], *norm)
 
 
-def speed_up_(model: Transformer, join: Join = join_weights) -> Transformer:
+def speed_up_(model: Transformer) -> Transformer:
     """Puts a `FusedBlock` in the place of each block, one after the other, so that no second copy of the weights is
-    ever whole; for inference only. `join` makes the products (default: plain weights, packed)."""
+    ever whole; for inference only. A model may be quantised before, not after."""
     for i, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock), "a model is made fast once"
-        model.layers[i] = FusedBlock(block, model.args.n_heads // model.output.ranks, join)
+        model.layers[i] = FusedBlock(block, model.args.n_heads // model.output.ranks)
     put_(model.output, join([model.output]))
     return model

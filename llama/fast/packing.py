@@ -9,6 +9,7 @@ The reordering operator is private to PyTorch (it is there for its compiler), so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,6 @@ from llama.parallel import ColumnParallelLinear, RowParallelLinear
 Product = Callable[[Tensor], Tensor]
 """x (..., in) to (..., out)."""
 Linear = ColumnParallelLinear | RowParallelLinear
-Join = Callable[[Sequence[Linear]], Product]
-"""One product for linear layers that read the same x: their outputs one after the other."""
 
 
 def packed(weight: Tensor) -> Product:
@@ -43,10 +42,22 @@ def _can_reorder() -> bool:
     return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def join_weights(linears: Sequence[Linear]) -> Product:
-    """A `Join` of plain layers. Their weights are freed: the packed copy takes their place."""
-    weights = [linear.weight for linear in linears]
-    product = packed(torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach())
+class Joinable(Protocol):
+    """What has taken a weight's place, as quantised codes have: it knows how to be one with others of its kind."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def joined(self, others: Sequence[Any]) -> Product: ...
+
+
+def join(linears: Sequence[Linear]) -> Product:
+    """One product for layers that read the same x: their outputs one after the other. It takes over what the layers
+    have: a plain weight is packed and freed, and what stands in a weight's place joins itself."""
+    if linears[0].weight is None:
+        first: Joinable = linears[0].product
+        return first if len(linears) == 1 else first.joined([linear.product for linear in linears[1:]])
+    weights = [linear.weight.detach() for linear in linears]
+    product = packed(torch.cat(weights) if len(weights) > 1 else weights[0])
     for linear in linears:
         linear.weight = None  # type: ignore[assignment]
     return product

@@ -13,6 +13,9 @@ k = K·D of this rank, s = n·d·e (one stream), and w = 4 where e is 2, else 0 
     feed-forward      3s + 3·n·f·e                         x, h, its norm; silu(gate), up and their product
     the norm before   2s + n·d·(8, or 12 where e is 2)     what is normed in float32, and the result
 
+A cache in int8 (longcontext/int8_cache.py) has a scale of 2 bytes for each head and slot, and attention reads floats
+that are made of one layer's bytes at a time: 2·S·k·e more in the moment of attention.
+
 With grouped heads and several rows attention has q once more, and in decode, where each row has a mask of its own, the
 mask once more for each kv head.
 
@@ -50,7 +53,7 @@ class Settings:
     dtype: torch.dtype = torch.bfloat16
     """Of the weights and activations."""
     kv_dtype: torch.dtype | None = None
-    """Of the cache; None: as `dtype`."""
+    """Of the cache; None: as `dtype`. int8 has scales besides."""
     quantize: Quantization | None = None
     prefill_chunk: int = 512
     device: Device = "cuda"
@@ -110,13 +113,18 @@ def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
         args=args,
         settings=settings,
         weights=weight_bytes(args, settings),
-        kv_cache=2 * args.n_layers * rows * slots * kv_heads * args.head_dim * stored.itemsize,
+        kv_cache=2 * args.n_layers * rows * slots * kv_heads * slot_bytes(args.head_dim, stored),
         tables=2 * slots * half * 4,
         # The angles, and in turn cos, sin and their scaled copies, in float64.
         making_tables=slots * half * 32 if settings.device == "cpu" else 0,
         prefill=workspace + 8 * rows * slots + max(reading, last),
         decode=workspace + max(activation_bytes(args, settings, rows, 1, slots), 40 * rows * args.vocab_size),
     )
+
+
+def slot_bytes(head_dim: int, stored: torch.dtype) -> int:
+    """Of one head's keys, or values, of one token. In int8 they have a scale of 2 bytes."""
+    return head_dim * stored.itemsize + 2 * (stored == torch.int8)
 
 
 def weight_bytes(args: ModelArgs, settings: Settings) -> int:
@@ -150,11 +158,12 @@ def activation_bytes(args: ModelArgs, settings: Settings, rows: int, T: int, S: 
     copied_mask = mask * kv_heads if grouped and not aligned and rows > 1 else 0
     attended = q * e * (1 + grouped + (grouped and rows > 1)) + copied_mask
     making_mask = 0 if square else mask_rows * T * S
+    floats = 2 * rows * S * kv_heads * D * e if settings.kv_dtype == torch.int8 else 0
     held = stream * (S > T > 1) + mask_rows * T * D * 4 + mask
     moments = (
         2 * stream + e * (2 * q + 2 * k) + k * (wide + 8),
         2 * stream + e * (q + 2 * k) + q * (wide + 8),
-        2 * stream + e * (q + 2 * k) + max(attended, making_mask),
+        2 * stream + e * (q + 2 * k) + floats + max(attended, making_mask),
         3 * stream + 3 * hidden * e,
         2 * stream + n * args.dim * (8 if e == 4 else 8 + 2 * e),
     )

@@ -215,7 +215,7 @@ def command(
         model_parallel_size: ranks that share the model.
         dtype: float32, bfloat16 or float16 (default: bfloat16, on a CPU float32).
         kv_dtype: of the cache, also float8 or int8 (default: as dtype).
-        quantize: int8 or int4 weights (to know the size; the package can't run them yet).
+        quantize: int8 or int4 weights.
         device_memory: of each rank, as 80GB or 79.6GiB (default: what is free here, if the device is).
         prefill_chunk: tokens of each row that are read at once.
         device: cuda or cpu.

@@ -45,7 +45,7 @@ def test_command_prints_a_table_and_ends_with_json(
         "compression": lambda: f"{found['bits_per_byte']['value']:.3f}",
         "positions": lambda: f"{found['bins'][1]['nats_per_token']['value']:.3f}",
         "functions": lambda: f"{found['parsed']['rate']:.1%}",
-        "lines": lambda: "SPM",
+        "lines": lambda: "spm",
         "retrieval": lambda: f"{found['cells'][0]['found']['high']:.1%}",
     }
     assert expected[name]() in "\n".join(table)

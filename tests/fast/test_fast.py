@@ -15,6 +15,7 @@ from llama.cache import Span
 from llama.fast import attention, speed_up_
 from llama.fast.block import rotate
 from llama.fast.packing import packed
+from llama.quantize.layers import quantize_
 from llama.rope import rotate as plain_rotate
 
 SHAPES = {
@@ -112,6 +113,17 @@ def test_weights_are_taken_over_and_not_kept_twice() -> None:
     left = sum(p.numel() for p in fast.parameters())
     assert left == fast.tok_embeddings.weight.numel() + fast.norm.weight.numel()
     assert sum(p.numel() for p in plain.parameters()) > 2 * left
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantised_model_is_made_fast_with_the_same_codes(scheme: str) -> None:
+    torch.manual_seed(0)
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, max_seq_len=64, multiple_of=64)
+    model = quantize_(Transformer(args).to(torch.bfloat16).requires_grad_(False), scheme)
+    fast = speed_up_(copy.deepcopy(model))
+    tokens = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(tokens), model(tokens), rtol=0, atol=2e-2)
 
 
 def test_rotation_by_complex_numbers_is_the_rotation() -> None:

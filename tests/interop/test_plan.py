@@ -231,7 +231,7 @@ def test_llama_asks_the_plan_before_it_reads(monkeypatch: pytest.MonkeyPatch) ->
     def read(*args: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("llama.generation.load", read)
+    monkeypatch.setattr("llama.quantize.layers.load", read)
     monkeypatch.setattr(module, "free_memory", lambda device: 10**6)
     with pytest.raises(ValueError, match=r"cpu has 1\.0 MB free"):
         Llama.build(device="cpu")

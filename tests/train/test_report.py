@@ -66,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(SHAPES, "small", SMALL)
         for name, stage in list(STAGES.items()):
             training = replace(stage.training, rows_per_step=2, rows_at_once=1, warmup_steps=1)
-            patch.setitem(STAGES, name, replace(stage, length=stage.length * 3 // 8, training=training))
+            patch.setitem(STAGES, name, replace(stage, length=stage.length * 3 // 4, training=training))
         corpus = f"{folder}/corpus"
         COMMANDS["all"](f"{folder}/out", steps=2, device="cpu", shape="small", corpus=corpus)
         COMMANDS["gaps"](f"{folder}/gaps", corpus, steps=2, files=2, shape="small")
@@ -146,7 +146,7 @@ def test_a_second_report_measures_nothing(made: Path, monkeypatch: pytest.Monkey
     before = (made / "chapter.md").read_text()
     monkeypatch.setattr(Llama, "build", refuse)
     for name, stage in list(STAGES.items()):
-        monkeypatch.setitem(STAGES, name, replace(stage, length=stage.length * 3 // 8))
+        monkeypatch.setitem(STAGES, name, replace(stage, length=stage.length * 3 // 4))
     work = f"{made}/out.training"
     COMMANDS["report"](work, chapter=f"{made}/chapter.md", gaps=f"{made}/gaps", quick=True)
     assert (made / "chapter.md").read_text() == before

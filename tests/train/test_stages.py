@@ -48,7 +48,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(SHAPES, "small", SMALL)
     for name, stage in list(STAGES.items()):
         training = replace(stage.training, rows_per_step=2, rows_at_once=1, warmup_steps=1)
-        patch.setitem(STAGES, name, replace(stage, length=stage.length * LENGTH // 512, training=training))
+        patch.setitem(STAGES, name, replace(stage, length=stage.length * LENGTH // 256, training=training))
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +227,7 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
 def test_base_goes_on_from_plain_where_there_is_one(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     assert train_stage(STAGES["plain"], run, steps=2)
-    assert train_stage(STAGES["base"], run, steps=1)
+    assert train_stage(STAGES["base"], run, steps=4)
     assert json.loads((tmp_path / "base" / "plan.json").read_text())["starts_from"] == "plain"
     tokenizer = Tokenizer(run.tokenizer_path)
     has_gaps = [

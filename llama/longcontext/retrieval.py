@@ -1,0 +1,243 @@
+"""Key retrieval as a grid, length by depth: how far back a model finds what it was told, and how long it really is.
+
+The protocol is the paper's (arXiv 2308.12950, section 3.3 and appendix G), as llama/evals/retrieval.py has it: the
+prompts of one sample hold the same functions and the same key, and differ in nothing but where the key stands. So they
+begin alike, up to the key that comes first. Put in alphabetical order, prompts that begin alike follow each other; each
+is read from where it leaves the one before, whose keys and values stand in the cache already. Nothing is approximated:
+the same tokens at the same positions give the same keys and values. What that saves is counted. It can't be much, as
+all that stands behind a key depends on the key: with depths 0, 0.25, 0.5 and 0.75, three parts of sixteen.
+
+A grid is summed up by its *effective length*: the largest of the measured lengths at which at least 85.6 % of the keys
+are found, those of all depths together. (The bar is RULER's, arXiv 2404.06654: what Llama 2 7B reaches at the 4,096
+tokens that it was made for.)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fire.decorators import SetParseFns
+from tqdm import tqdm
+
+from llama.cli import PATHS, build
+from llama.evals.record import Record, save_record
+from llama.evals.retrieval import DEPTHS, DIGITS, Complete, Retrieval, retrieval_by
+from llama.evals.retrieval import retrieval as side_by_side
+from llama.evals.sources import Source
+from llama.evals.table import percent, render
+from llama.generation import Llama
+from llama.longcontext.perplexity import listed, read_texts, rope_of, trained_length, warn_beyond
+from llama.prompts import completion
+from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+EFFECTIVE = 0.856
+"""The share of keys that makes a length an effective one."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid, and what it took. Tokens are those of prompts; the one that each answer adds is not counted."""
+
+    found: Retrieval
+    effective_length: int | None
+    """None where no length reaches the bar."""
+    prompts: int
+    """That were asked; two depths at which the key falls between the same functions are one prompt."""
+    prompt_tokens: int
+    tokens_read: int
+    """Of those, the ones that were not in the cache already."""
+
+
+def retrieval_grid(
+    llama: Llama,
+    sources: Sequence[Source],
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 64,
+    seed: int = 0,
+    reuse: bool = True,
+    trained: int | None = None,
+    progress: bool = False,
+) -> Grid:
+    """The grid of a model, greedily. `lengths` are in tokens, prompt and answer together (default: max_seq_len alone).
+
+    `reuse` asks one prompt at a time and reads what differs from the one before. Without it max_batch_size prompts are
+    read side by side, each whole, which is faster where they are short and the machine has room. The answers are the
+    same. Warns of lengths beyond `trained` (default: what the checkpoint says of itself). Raises ValueError as
+    `llama.evals.retrieval` does.
+    """
+    room = llama.model.args.max_seq_len
+    lengths = [room] if lengths is None else lengths
+    if lengths and max(lengths) > room:
+        raise ValueError(f"a length of {max(lengths)}; this model was built for {room}: build with more, or ask less")
+    if lengths:
+        warn_beyond(max(lengths), trained_length(llama.model.args) if trained is None else trained)
+    if not reuse:
+        found = side_by_side(llama, sources, lengths, depths, samples, seed, progress)
+        tokens = round(sum(cell.tokens * cell.found.n for cell in found.cells))
+        return Grid(found, effective_length(found), sum(cell.found.n for cell in found.cells), tokens, tokens)
+    spent: list[tuple[int, int]] = []
+
+    def complete(prompts: Sequence[str]) -> list[str]:
+        return ask_one_by_one(llama, prompts, spent, progress)
+
+    found = retrieval_in_order(complete, llama.tokenizer, sources, lengths, depths, samples, seed)
+    whole, read = (sum(column) for column in zip(*spent, strict=True))
+    return Grid(found, effective_length(found), len(spent), whole, read)
+
+
+def retrieval_in_order(
+    complete: Complete,
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    lengths: Sequence[int],
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 64,
+    seed: int = 0,
+) -> Retrieval:
+    """`retrieval_by` of anything that completes texts, which is given every prompt once, all together, in alphabetical
+    order."""
+    answers: dict[str, str] = {}
+
+    def note(prompts: Sequence[str]) -> list[str]:
+        answers.update(dict.fromkeys(prompts, ""))
+        return [""] * len(prompts)
+
+    retrieval_by(note, tokenizer, sources, lengths, depths, samples, seed)
+    order = sorted(answers)
+    answers.update(zip(order, complete(order), strict=True))
+    return retrieval_by(
+        lambda prompts: [answers[prompt] for prompt in prompts], tokenizer, sources, lengths, depths, samples, seed
+    )
+
+
+def ask_one_by_one(
+    llama: Llama, prompts: Sequence[str], spent: list[tuple[int, int]], progress: bool = False
+) -> list[str]:
+    """The two tokens that follow each prompt, as text; of each prompt only what its predecessor has not left in the
+    cache is read. `spent` gets its tokens, and how many of them were read."""
+    answers: list[str] = []
+    standing: list[int] = []  # tokens whose keys and values are in the cache
+    asked = [completion(llama.tokenizer, prompt) for prompt in prompts]
+    total = sum(len(prompt.tokens) for prompt in asked)
+    hide = not (progress and llama.ranks.leads)
+    with tqdm(total=total, desc="keys", unit="token", unit_scale=True, leave=False, disable=hide) as bar:
+        for prompt in asked:
+            known = common_prefix(standing, prompt.tokens[:-1])
+            events = list(llama.stream([prompt], DIGITS, temperature=0.0, seed=0, reuse=True))
+            written = [token for event in events for token in event.tokens]
+            standing = [*prompt.tokens, *written][:-1]  # the last was written and not read
+            answers.append("".join(event.text for event in events))
+            spent.append((len(prompt.tokens), len(prompt.tokens) - known))
+            bar.update(len(prompt.tokens))
+    return answers
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def effective_length(found: Retrieval, bar: float = EFFECTIVE) -> int | None:
+    """The largest measured length at which the share of keys found, those of all depths together, is at least `bar`;
+    None where there is none. What happens at shorter lengths is not asked."""
+    reached = [length for length in found.lengths if rate(found, length) >= bar]
+    return max(reached, default=None)
+
+
+def rate(found: Retrieval, length: int) -> float:
+    """The share of keys found at a length, those of all depths together."""
+    cells = [cell.found for cell in found.cells if cell.length == length]
+    return sum(cell.hits for cell in cells) / sum(cell.n for cell in cells)
+
+
+def tidy(found: Retrieval) -> list[dict[str, Any]]:
+    """A row for each cell, with its Wilson interval."""
+    return [
+        {
+            "length": cell.length, "depth": cell.depth, "metric": "found", "n": cell.found.n, "value": cell.found.rate,
+            "low": cell.found.low, "high": cell.found.high,
+        }
+        for cell in found.cells
+    ]  # fmt: skip
+
+
+def heat_map(axes: Axes, found: Retrieval, title: str) -> AxesImage:
+    """Draws a grid, the shortest length on top, each cell with its share in percent."""
+    rates = {(cell.length, cell.depth): cell.found.rate for cell in found.cells}
+    grid = [[rates[length, depth] for depth in found.depths] for length in found.lengths]
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("depth of the key")
+    axes.set_xticks(range(len(found.depths)), [f"{depth:g}" for depth in found.depths])
+    axes.set_yticks(range(len(found.lengths)), [f"{length:,}" for length in found.lengths])
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            color = "black" if value > 0.6 else "white"
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center", color=color, fontsize="small")
+    return image
+
+
+@SetParseFns(out=str, sources=str, **PATHS)  # type: ignore[untyped-decorator]
+def command(
+    *,
+    out: str = "longcontext",
+    sources: str | None = None,
+    lengths: int | Sequence[int] = 512,
+    depths: float | Sequence[float] = DEPTHS,
+    samples: int = 64,
+    seed: int = 0,
+    reuse: bool = True,
+    trained: int | None = None,
+    **options: Any,
+) -> None:
+    """Key retrieval by the prompt's length and the key's depth: OUT/retrieval.csv, .json and .png.
+
+    Args:
+        out: a folder for the three files.
+        sources: a .py file, a folder of them, or a corpus (default: held-out files of the standard library).
+        lengths: tokens of prompt and answer: 512,1024,2048.
+        depths: where the number stands, from 0 (first) to 1 (last): 0,0.25,0.5.
+        samples: prompts for each length and depth.
+        seed: of prompts and numbers.
+        reuse: read of each prompt what differs from the one before; --noreuse: --max_batch_size whole ones at a time.
+        trained: the context that the checkpoint was trained on, so that a longer one gets a warning.
+        options: those of Llama.build: --ckpt_dir --rope_theta --rope_scaling --device --dtype …
+    """
+    started = time.monotonic()
+    asked, places = listed(lengths), listed(depths)
+    llama = build(**{"max_seq_len": max(asked, default=512), "max_batch_size": 1 if reuse else 4, **options})
+    grid = retrieval_grid(llama, read_texts(sources), asked, places, samples, seed, reuse, trained, progress=True)
+    if not llama.ranks.leads:
+        return
+    values = asdict(grid)
+    del values["found"]
+    made_of = {
+        "options": {"sources": sources, "lengths": asked, "depths": places, "samples": samples, "reuse": reuse},
+        "seed": seed,
+        "rule": f"the largest length at which {EFFECTIVE:.1%} of the keys are found, those of all depths together",
+        **values,
+    }
+    rows = [{**rope_of(llama.model.args), **row} for row in tidy(grid.found)]
+
+    def draw(figure: Figure) -> None:
+        image = heat_map(figure.subplots(), grid.found, f"keys found; effective length {grid.effective_length}")
+        figure.axes[0].set_ylabel("tokens")
+        figure.colorbar(image, ax=figure.axes, label="keys found")
+
+    cells = {(cell.length, cell.depth): percent(cell.found) for cell in grid.found.cells}
+    header = ("length \\ depth", *(f"{depth:g}" for depth in grid.found.depths))
+    print(render(header, [(size, *(cells[size, depth] for depth in places)) for size in asked]))
+    print(f"effective length {grid.effective_length}: {made_of['rule']}")
+    print(f"read {grid.tokens_read:,} of {grid.prompt_tokens:,} tokens; the others stood in the cache")
+    save_record(Record("retrieval", rows, made_of), out, started, llama, draw)
+    print(json.dumps({"measure": "retrieval", "out": out, **options, **made_of, "rows": rows}, default=str))

@@ -1,0 +1,286 @@
+"""Multiplying by codes: PyTorch's private operators, each in one place, and plain arithmetic.
+
+An operator wants the stored tensors in an order of its own, made for its processor. So each is four functions: whether
+it can be used for these tensors here, to its order, the multiplication, and back. Nothing is kept twice: the stored
+tensors are gone once they are in an operator's order, and come back from it bit by bit. The operators are private and
+may change or vanish; where one does, or a shape is not one it takes, `plain` multiplies by the dequantised weight.
+
+Decoding one token reads every weight to multiply it by one row: then the bytes read are what takes the time, and fewer
+bits are faster. A prompt's many rows are limited by arithmetic instead. Above FEW rows the operators made for a
+few of them are slower than an ordinary product by weights that were dequantised for it: that is where to tune.
+
+N is the rows of a weight (outputs), K its columns (inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.quantize.codes import MIDDLE, one_in_a_byte, two_in_a_byte
+
+Stored = dict[str, Tensor]
+"""What is kept of a weight: tensors with N rows each."""
+Packed = dict[str, Tensor]
+"""The same in the order that an operator wants."""
+Decode = Callable[[Stored], Tensor]
+"""Stored tensors to the float32 weight (N, K)."""
+
+FEW = 16
+"""Rows up to which the operators for a few rows are used on a CPU."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A way to multiply by stored tensors."""
+
+    takes: Callable[[Stored], bool]
+    """Whether it can be used for these, where they are."""
+    pack: Callable[[Stored], Packed]
+    multiply: Callable[[Packed, Tensor], Tensor]
+    """Rows (M, K) in `dtype` to (M, N)."""
+    unpack: Callable[[Packed], Stored]
+    """The inverse of `pack`, bit by bit."""
+    dtype: torch.dtype | None = torch.bfloat16
+    """Of the arithmetic; None: whatever the rows are in."""
+
+
+def plain(decode: Decode) -> Operator:
+    """Dequantises the weight for every product: slow, in little memory, and right for every shape and device."""
+
+    def multiply(packed: Packed, x: Tensor) -> Tensor:
+        return F.linear(x, decode(packed).to(x.dtype))
+
+    return Operator(lambda _: True, lambda stored: stored, multiply, lambda packed: packed, None)
+
+
+@cache
+def has(operator: str, device: str) -> bool:
+    """Whether this build of PyTorch has `operator` ("aten::_int_mm") for a type of device ("cpu", "cuda")."""
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper()))
+    except RuntimeError:  # there is no such operator, or no such device
+        return False
+
+
+def _device(stored: Stored) -> str:
+    return stored["codes"].device.type
+
+
+# int8: codes times scales, bfloat16 activations ----------------------------------------------------------------------
+
+
+def _takes_int8(stored: Stored) -> bool:
+    # Other numbers of columns it multiplies wrongly on a CPU, or reads beyond the end of (PyTorch 2.13).
+    return has("aten::_weight_int8pack_mm", _device(stored)) and stored["codes"].shape[1] % 16 == 0
+
+
+def _int8(packed: Packed, x: Tensor) -> Tensor:
+    codes, scale = packed["codes"], packed["scale"].squeeze(1)
+    if len(x) <= FEW:
+        return torch._weight_int8pack_mm(x, codes, scale)
+    # Codes are whole numbers below 256, which bfloat16 has exactly.
+    return F.linear(x, codes.to(x.dtype)).mul_(scale)
+
+
+def _contiguous(stored: Stored) -> Stored:
+    return {key: tensor.contiguous() for key, tensor in stored.items()}
+
+
+INT8 = Operator(_takes_int8, _contiguous, _int8, lambda packed: packed)
+
+
+# int8 with activations quantised as well -----------------------------------------------------------------------------
+
+
+def _rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) to codes from -127 to 127, still floats, and each row's scale, float32 (M, 1). A row has its own
+    scale, so that what is computed of it does not depend on the rows beside it."""
+    wide = x.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp_min_(1e-30) / 127
+    return (wide / scale).round_(), scale
+
+
+def _takes_onednn(stored: Stored) -> bool:
+    # Without VNNI, pairs of products are added in 16 bits, which overflow.
+    there = has("onednn::qlinear_prepack", "cpu") and has("onednn::qlinear_pointwise", "cpu")
+    return _device(stored) == "cpu" and there and torch.cpu._is_vnni_supported()
+
+
+def _pack_onednn(stored: Stored) -> Packed:
+    scale = stored["scale"].flatten()
+    return {
+        "codes": torch.ops.onednn.qlinear_prepack(stored["codes"].contiguous(), None),
+        "scale": scale.float(),
+        "zero": torch.zeros(len(scale), dtype=torch.int32),
+    }
+
+
+def _unpack_onednn(packed: Packed) -> Stored:
+    codes = packed["codes"].to_dense().t().contiguous()
+    return {"codes": codes, "scale": packed["scale"].bfloat16().unsqueeze(1)}
+
+
+def _onednn(packed: Packed, x: Tensor) -> Tensor:
+    codes, scale = _rows_to_int8(x)
+    unsigned = codes.add_(128).to(torch.uint8)
+    weight = packed["codes"], packed["scale"], packed["zero"]
+    # No bias, and nothing but float32 after the sum.
+    plainly = 1.0, 0, torch.float32, "none", (), ""
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, *weight, None, *plainly)
+    return out.mul_(scale).to(x.dtype)
+
+
+ONEDNN = Operator(_takes_onednn, _pack_onednn, _onednn, _unpack_onednn, None)
+
+
+def _takes_int_mm(stored: Stored) -> bool:
+    codes = stored["codes"]
+    return _device(stored) == "cuda" and has("aten::_int_mm", "cuda") and not (len(codes) % 8 or codes.shape[1] % 8)
+
+
+def _int_mm(packed: Packed, x: Tensor) -> Tensor:
+    codes, scale = _rows_to_int8(x)
+    rows = max(32, -(-len(x) // 8) * 8)  # cuBLAS wants more than 16 rows
+    padded = F.pad(codes.to(torch.int8), (0, 0, 0, rows - len(x)))
+    out = torch._int_mm(padded, packed["codes"].t())[: len(x)]
+    return (out * scale * packed["scale"].float().t()).to(x.dtype)
+
+
+INT_MM = Operator(_takes_int_mm, _contiguous, _int_mm, lambda packed: packed, None)
+"""For CUDA. Its arithmetic is tested on a CPU, its speed nowhere yet."""
+
+
+# int4: groups with a scale and a zero point, bfloat16 activations ----------------------------------------------------
+
+
+def _takes_int4_cpu(group: int, stored: Stored) -> bool:
+    both = ("aten::_convert_weight_to_int4pack_for_cpu", "aten::_weight_int4pack_mm_for_cpu")
+    return _device(stored) == "cpu" and all(has(name, "cpu") for name in both) and _fits_int4(group, stored, 16)
+
+
+def _fits_int4(group: int, stored: Stored, rows: int) -> bool:
+    return group in (32, 64, 128, 256) and len(stored["codes"]) % rows == 0
+
+
+def _scale_and_zero(stored: Stored) -> Tensor:
+    """(K/group, N, 2), for both processors' operators."""
+    return torch.stack((stored["scale"].t(), stored["zero"].t()), -1).contiguous()
+
+
+def _from_scale_and_zero(both: Tensor) -> Stored:
+    scale, zero = both.unbind(-1)
+    return {"scale": scale.t().contiguous(), "zero": zero.t().contiguous()}
+
+
+def _pack_int4_cpu(stored: Stored) -> Packed:
+    codes = one_in_a_byte(stored["codes"]).to(torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return {"codes": packed, "both": _scale_and_zero(stored)}
+
+
+def _int4_cpu(group: int, packed: Packed, x: Tensor) -> Tensor:
+    codes, both = packed["codes"], packed["both"]
+    if len(x) <= FEW:
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, both)
+        return out
+    scale, zero = both.unsqueeze(1).unbind(-1)  # (K/group, 1, N)
+    grouped = _columns_of_int4_cpu(codes, x.dtype).view(len(both), group, -1)  # (K/group, group, N)
+    return x @ torch.addcmul(zero, grouped, scale).flatten(0, 1)
+
+
+def _unpack_int4_cpu(packed: Packed) -> Stored:
+    codes = _columns_of_int4_cpu(packed["codes"], torch.int8).t() + MIDDLE
+    return {"codes": two_in_a_byte(codes.to(torch.uint8)), **_from_scale_and_zero(packed["both"])}
+
+
+def _columns_of_int4_cpu(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes less MIDDLE (K, N) of the operator's bytes (N, K/2).
+
+    They lie in blocks of rows, the last perhaps smaller; in each block, column after column; and in each column two
+    codes to a byte.
+    """
+    N, K = packed.shape[0], 2 * packed.shape[1]
+    block = _block_of_int4_cpu()
+    whole = N - N % block
+    out = torch.empty(K, N, dtype=dtype)
+    for first, end, size in ((0, whole, block), (whole, N, N % block)):
+        if first < end:
+            pairs = packed[first:end].reshape(-1, K, size // 2).transpose(0, 1)  # (K, blocks, size / 2)
+            rows = out[:, first:end].view(K, -1, size)
+            lower, upper = _order_of_int4_cpu(size)
+            rows[..., lower] = (pairs & 15).view(torch.int8).sub_(MIDDLE).to(dtype)
+            rows[..., upper] = (pairs >> 4).view(torch.int8).sub_(MIDDLE).to(dtype)
+    return out
+
+
+@cache
+def _block_of_int4_cpu() -> int:
+    """How many rows a block has: 64 with AVX-512, fewer elsewhere. Of columns 0 0 0 … and 15 15 15 …, the first half
+    of the first block's bytes are 0."""
+    columns = torch.tensor([0, 15], dtype=torch.int32).expand(256, 2).contiguous()
+    flat = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns, 1).flatten()
+    return 2 * int(flat.tolist().index(255))
+
+
+@cache
+def _order_of_int4_cpu(size: int) -> tuple[slice | Tensor, slice | Tensor]:
+    """Which rows of a block of `size` the lower halves of a column's bytes are, and which the upper: found by packing
+    the rows' numbers, since it depends on the processor."""
+    numbers = torch.arange(size, dtype=torch.int32).unsqueeze(1).expand(size, 2)
+    digits = []
+    for digit in (numbers % 16, numbers // 16):
+        flat = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 1).flatten()
+        digits.append(flat[: size // 2].long())
+    ones, sixteens = digits
+    return _as_slice((ones & 15) + 16 * (sixteens & 15)), _as_slice((ones >> 4) + 16 * (sixteens >> 4))
+
+
+def _as_slice(places: Tensor) -> slice | Tensor:
+    """The same places as a slice, which is faster, if they are evenly spaced."""
+    first, step = int(places[0]), int(places[1] - places[0])
+    even = torch.arange(first, first + step * len(places), step) if step > 0 else places[:0]
+    return slice(first, first + step * len(places), step) if torch.equal(even, places) else places
+
+
+def _takes_int4_cuda(group: int, stored: Stored) -> bool:
+    both = ("aten::_convert_weight_to_int4pack", "aten::_weight_int4pack_mm")
+    fits = _fits_int4(group, stored, 8) and stored["codes"].shape[1] % 16 == 0
+    if _device(stored) != "cuda" or not fits or not all(has(name, "cuda") for name in both):
+        return False
+    return torch.cuda.get_device_capability(stored["codes"].device) >= (8, 0)
+
+
+def _pack_int4_cuda(stored: Stored) -> Packed:
+    K = 2 * stored["codes"].shape[1]
+    tiles = next(tiles for tiles in (8, 4, 2) if K % (16 * tiles) == 0)
+    packed = torch.ops.aten._convert_weight_to_int4pack(stored["codes"].contiguous(), tiles)
+    return {"codes": packed, "both": _scale_and_zero(stored)}
+
+
+def _int4_cuda(group: int, packed: Packed, x: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._weight_int4pack_mm(x.contiguous(), packed["codes"], group, packed["both"])
+    return out
+
+
+def _unpack_int4_cuda(group: int, packed: Packed) -> Stored:
+    """Times the identity, with scales of 1 and zero points of 0, the operator's weight is its codes."""
+    both = packed["both"]
+    ones = torch.stack((torch.ones_like(both[..., 0]), torch.zeros_like(both[..., 1])), -1)
+    identity = torch.eye(group * len(both), dtype=both.dtype, device=both.device)
+    columns = _int4_cuda(group, {"codes": packed["codes"], "both": ones}, identity)  # (K, N)
+    return {"codes": two_in_a_byte((columns.t() + MIDDLE).to(torch.uint8)), **_from_scale_and_zero(both)}
+
+
+def int4(group: int) -> tuple[Operator, ...]:
+    """Those of a CPU and of CUDA (8.0 and later; written from its documentation, not run on such a card yet)."""
+    on_cpu = Operator(partial(_takes_int4_cpu, group), _pack_int4_cpu, partial(_int4_cpu, group), _unpack_int4_cpu)
+    on_cuda = Operator(
+        partial(_takes_int4_cuda, group), _pack_int4_cuda, partial(_int4_cuda, group), partial(_unpack_int4_cuda, group)
+    )
+    return on_cpu, on_cuda
