@@ -34,9 +34,10 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     """One query a row, which sees all slots, or those where `mask` (B or 1, 1, 1, S) is 0."""
     B, H, _, D = q.shape
     grouped = q.reshape(B * keys.shape[1], -1, D)  # (B * K, H / K, D)
-    scores = _scores(grouped, keys.flatten(0, 1))  # (B * K, H / K, S)
+    # Keys first: with few queries PyTorch multiplies so several times faster where rows are slices of a longer cache.
+    scores = _scores(keys.flatten(0, 1), grouped).transpose(1, 2)  # (B * K, H / K, S)
     if mask is not None:
-        scores = (scores.view(B, H, 1, -1) + mask).view_as(scores)
+        scores = (scores.reshape(B, H, 1, -1) + mask).view_as(scores)
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(B, H, 1, D)
 
 
@@ -61,4 +62,4 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
 
 def _scores(q: Tensor, keys: Tensor) -> Tensor:
     """q·k / sqrt(D): (N, R, D) and (N, S, D) to (N, R, S)."""
-    return torch.baddbmm(q.new_empty(1, 1, 1), q, keys.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(q, keys.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)

@@ -23,6 +23,8 @@ ARGS = ModelArgs(dim=256, n_layers=1, n_heads=8, n_kv_heads=2, vocab_size=96, hi
 """A quarter of every row is whole groups of 64. With 4 ranks, two hold the same KV head."""
 TOKENS = torch.arange(3, 19).view(2, 8)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer.model is missing")  # weights alone are tested here
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
