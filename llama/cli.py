@@ -129,7 +129,7 @@ def complete(
     --save_cache FILE keeps what was read and written, and --load_cache FILE takes it up again: of a prompt that begins
     the same, only the rest is read. --kv_dtype int8 halves the cache. Further options are those of Llama.build:
     --ckpt_dir --tokenizer_path --max_seq_len --max_batch_size --model_parallel_size --device --dtype --rope_theta
-    --rope_scaling --timeout.
+    --rope_scaling --quantize --fast --compile --lookup --timeout.
     """
     llama = build(seed=seed, **options)
     text = llama.ranks.broadcast_object(sys.stdin.read() if llama.ranks.leads and prompt == "-" else prompt)
