@@ -60,6 +60,8 @@ def build(**options: Any) -> Llama:
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise ValueError(f"unknown option --{unknown[0]}; there are {', '.join('--' + name for name in allowed)}")
+    if kv_dtype is not None and options.get("compile"):
+        raise ValueError("--kv_dtype int8 can't be compiled: the graphs are made for a cache of floats; leave one out")
     llama = Llama.build(**_objects(options))
     if kv_dtype is not None:
         llama.model.cache = importlib.import_module("llama.longcontext.int8_cache").int8_cache(llama.model)

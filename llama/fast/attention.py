@@ -1,10 +1,10 @@
 """Attention as plain matrix products, over no more slots than are seen.
 
-PyTorch's fused kernel is made for many queries and pays for it with one: a decode step against a long cache takes it
-six times as long as two products and a softmax (docs/LOG.md). For a prompt, queries are taken in blocks, each with the
-slots up to its own end, so that half of the scores that a mask would hide are never made; blocks are as large as a
-fixed amount of scores allows, so memory does not grow with the prompt. Query heads that share a kv head are rows of one
-product: keys and values are read where they lie, once.
+PyTorch's fused kernel is made for many queries and pays for it with one: in bfloat16 on a CPU, a decode step against a
+long cache takes it several times as long as two products and a softmax (docs/LOG.md). For a prompt, queries are taken
+in blocks, each with the slots up to its own end, so that half of the scores that a mask would hide are never made;
+blocks are as large as a fixed amount of scores allows, so memory does not grow with the prompt. Query heads that share
+a kv head are rows of one product: keys and values are read where they lie, once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llama.cache import Span
 from llama.model import scaled_dot_product
 
 SCORES = 1 << 24
-"""Scores that a block may have, of all heads and rows: 32 MB in bfloat16."""
+"""Scores that a block may have, of all heads and rows, as long as it has 16 queries: 32 MB in bfloat16."""
 BLOCK = 256
 """Queries that it has at most: more make more scores in vain."""
 
