@@ -115,12 +115,12 @@ class Llama:
                     "(the Python models have 32000 pieces, those that infill 32016)"
                 )
             # What can't fit is refused here, before a byte is read; CODELLAMA_IGNORE_PLAN=1 lets it pass.
-            importlib.import_module("llama.interop.plan").require(args, ranks, dtype, prefill_chunk)
+            scheme = quantize or getattr(checkpoint, "scheme", None)  # a quantised folder has one
+            importlib.import_module("llama.interop.plan").require(args, ranks, dtype, prefill_chunk, scheme)
             with torch.device("meta"):
                 model = Transformer(args)
             # Whatever was saved quantised stays so; a plain checkpoint is read by `checkpoint.load`.
-            rooms = importlib.import_module("llama.quantize.layers")
-            rooms.quantize_load(model, checkpoint, ranks, dtype, quantize)
+            importlib.import_module("llama.quantize.layers").quantize_load(model, checkpoint, ranks, dtype, quantize)
             if fast or compile:
                 importlib.import_module("llama.fast").prepare_(model, prefill_chunk, fast, compile, ranks.leads)
         return cls(model, tokenizer, ranks=ranks, seed=seed, prefill_chunk=prefill_chunk, lookup=lookup)

@@ -25,6 +25,8 @@ from llama.generation import Llama
 # too, which only saves time: what counts is `cut`.
 STOP = tuple(f"\n{character}" for character in string.printable if not character.isspace())
 _END = re.compile(r"\n(?=\S)")
+# A blank line, a comment, or the head of a block.
+_SAYS_NOTHING = re.compile(r"^\s*(#.*)?$|:\s*$")
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,17 @@ def heads(source: Source) -> Iterator[Head]:
 
 
 def cut(text: str, ended: bool = True) -> str:
-    """A completion up to the first line that isn't indented. One that did not end by itself is broken off at a line's
-    end: the break is the measure's doing, not the model's."""
+    """A completion up to the first line that isn't indented. One that did not end by itself is broken off before the
+    line that it was at, and before a block that it only opened: the break is the measure's doing, not the model's."""
     end = _END.search(text)
     if end:
         return text[: end.start()]
-    return text if ended else text[: max(text.rfind("\n"), 0)]
+    if ended:
+        return text
+    lines = text.split("\n")[:-1]
+    while lines and _SAYS_NOTHING.search(lines[-1]):
+        lines.pop()
+    return "\n".join(lines)
 
 
 def is_written(code: str) -> bool:

@@ -1,15 +1,17 @@
 """Attention as plain matrix products, over no more slots than are seen.
 
 PyTorch's fused kernel is made for many queries and pays for it with one: in bfloat16 on a CPU, a decode step against a
-long cache takes it several times as long as two products and a softmax (docs/LOG.md). For a prompt, queries are taken
-in blocks, each with the slots up to its own end, so that half of the scores that a mask would hide are never made;
-blocks are as large as a fixed amount of scores allows, so memory does not grow with the prompt. Query heads that share
-a kv head are rows of one product: keys and values are read where they lie, once.
+long cache takes it several times as long as two products and a softmax, though one against a short cache less
+(docs/LOG.md). For a prompt, queries are taken in blocks, each with the slots up to its own end, so that half of the
+scores that a mask would hide are never made; blocks are as large as a fixed amount of scores allows, so memory does not
+grow with the prompt. Query heads that share a kv head are rows of one product: keys and values are read where they lie,
+once.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.cache import Span
@@ -19,6 +21,8 @@ SCORES = 1 << 24
 """Scores that a block may have, of all heads and rows, as long as it has 16 queries: 32 MB in bfloat16."""
 BLOCK = 256
 """Queries that it has at most: more make more scores in vain."""
+SHORT = 1 << 13
+"""Slots of all rows' kv heads up to which, for one query on a CPU, the fused kernel is faster after all."""
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
@@ -32,8 +36,15 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """One query a row, which sees all slots, or those where `mask` (B or 1, 1, 1, S) is 0."""
-    B, H, _, D = q.shape
-    grouped = q.reshape(B * keys.shape[1], -1, D)  # (B * K, H / K, D)
+    H = q.shape[1]
+    B, K, S, D = keys.shape
+    if q.is_cpu and B * K * S <= SHORT:
+        grouped = q.reshape(B, K, -1, D)
+        if H == K:  # a product in bfloat16 begins as slowly for one query as for many
+            grouped, keys, values = grouped.float(), keys.float(), values.float()
+        mask = None if mask is None else mask.type_as(grouped)
+        return F.scaled_dot_product_attention(grouped, keys, values, mask).type_as(q).view(B, H, 1, D)
+    grouped = q.reshape(B * K, -1, D)  # (B * K, H / K, D)
     # Keys first: with few queries PyTorch multiplies so several times faster where rows are slices of a longer cache.
     scores = _scores(keys.flatten(0, 1), grouped).transpose(1, 2)  # (B * K, H / K, S)
     if mask is not None:

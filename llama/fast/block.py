@@ -2,8 +2,8 @@
 
 What costs time besides the matrices is every single operation: a few microseconds each, and a small model has nothing
 else to do. So matrices that read the same vector are one (wq, wk and wv; w1 and w3), q and k are rotated together, as
-complex numbers, the norms are one call each, and attention makes no mask where none is needed. It is for inference: the
-weights are packed (packing.py), and can't be trained or saved any more.
+complex numbers, a norm takes three calls instead of eight, and attention makes no mask where none is needed. It is for
+inference: the weights are packed (packing.py), and can't be trained or saved any more.
 """
 
 from __future__ import annotations
@@ -14,58 +14,88 @@ from torch import Tensor, nn
 
 from llama.cache import Span
 from llama.fast.attention import attend
-from llama.fast.packing import join, put_
+from llama.fast.packing import Product, join, put_
 from llama.model import Attend, Extend, RMSNorm, Transformer, TransformerBlock
+from llama.parallel import RowParallelLinear
 
 
 class FusedBlock(nn.Module):
     """What a TransformerBlock computes, from its weights, which it takes over."""
 
-    def __init__(self, block: TransformerBlock, n_heads: int) -> None:
+    def __init__(self, block: TransformerBlock, n_heads: int, turn: Turn) -> None:
         super().__init__()
         attention, feed_forward = block.attention, block.feed_forward
         self.head_dim, self.n_heads = attention.head_dim, n_heads
-        self.norms = [_plain(block.attention_norm), _plain(block.ffn_norm)]
+        self.attention_norm, self.ffn_norm = FusedNorm(block.attention_norm), FusedNorm(block.ffn_norm)
+        self.turn = turn
         self.wqkv = join([attention.wq, attention.wk, attention.wv])
         self.w13 = join([feed_forward.w1, feed_forward.w3])
-        self.wo, self.w2 = attention.wo, feed_forward.w2  # which sum over the ranks
-        put_(self.wo, join([self.wo]))
-        put_(self.w2, join([self.w2]))
+        self.wo, self.w2 = _summed(attention.wo), _summed(feed_forward.w2)
         self.attend: Attend = attend
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], span: Span, extend: Extend) -> Tensor:
         """(B, T, dim) to (B, T, dim)."""
-        D = self.head_dim
-        mixed = self.wqkv(_norm(x, self.norms[0]))
-        qkv = mixed.view(*x.shape[:2], -1, D)  # (B, T, H + 2K, D)
-        kv_heads = (qkv.shape[2] - self.n_heads) // 2
-        turned = rotate(qkv[:, :, : self.n_heads + kv_heads], *rotation)
-        keys, values = extend(turned[:, :, self.n_heads :], qkv[:, :, -kv_heads:])
-        out = self.attend(turned[:, :, : self.n_heads].transpose(1, 2), keys, values, span)  # (B, H, T, D)
-        h: Tensor = x + self.wo(out.transpose(1, 2).flatten(2))
-        gate, proposal = self.w13(_norm(h, self.norms[1])).chunk(2, dim=-1)
+        B, T = x.shape[:2]
+        heads = self.wqkv(self.attention_norm(x)).view(B, T, -1, self.head_dim)
+        kv_heads = (heads.shape[2] - self.n_heads) // 2
+        turning, v = heads.split_with_sizes((self.n_heads + kv_heads, kv_heads), dim=2)
+        q, k = self.turn(turning, rotation).split_with_sizes((self.n_heads, kv_heads), dim=2)  # (B, T, H or K, D)
+        keys, values = extend(k, v)
+        out = self.attend(q.transpose(1, 2), keys, values, span)  # (B, H, T, D)
+        h: Tensor = x + self.wo(out.transpose(1, 2).reshape(B, T, -1))
+        gate, proposal = self.w13(self.ffn_norm(h)).chunk(2, dim=-1)
         return h.add_(self.w2(F.silu(gate).mul_(proposal)))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """rope.py's `rotate`, each pair as a complex number: one multiplication."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)
+class Turn:
+    """rope.py's `rotate`, each pair as a complex number: one multiplication. Its factors, the same for all blocks of a
+    step, are made by the first."""
+
+    def __init__(self) -> None:
+        self._made_of: Tensor | None = None
+        self._factors = torch.empty(0)
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self._of(rotation)).flatten(-2).type_as(x)
+
+    def _of(self, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.complex(*rotation)
+        if rotation[0] is not self._made_of:
+            self._made_of, self._factors = rotation[0], torch.complex(*rotation)
+        return self._factors
 
 
-def _plain(norm: RMSNorm) -> tuple[Tensor, float]:
-    return norm.weight.detach(), norm.eps
+def _summed(linear: RowParallelLinear) -> Product:
+    """The layer itself, which sums over the ranks, or what there is to it in one process."""
+    put_(linear, join([linear]))
+    return linear if linear.ranks > 1 else linear.product
 
 
-def _norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], *norm)
+class FusedNorm:
+    """RMSNorm. Of x and -x together the mean is 0 and the variance is the mean square of x, so on a CPU it is half of
+    a layer norm, for which PyTorch has a kernel there; of RMSNorm itself it makes eight steps."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self.weight, self.eps = norm.weight.detach(), norm.eps
+        self.both = torch.cat((self.weight, self.weight))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim)."""
+        dim = x.shape[-1]
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return F.rms_norm(x, (dim,), self.weight, self.eps)
+        return F.layer_norm(torch.cat((x, -x), -1), (2 * dim,), self.both, None, self.eps).narrow(-1, 0, dim)
 
 
 def speed_up_(model: Transformer) -> Transformer:
     """Puts a `FusedBlock` in the place of each block, one after the other, so that no second copy of the weights is
     ever whole; for inference only. A model may be quantised before, not after."""
+    turn = Turn()
     for i, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock), "a model is made fast once"
-        model.layers[i] = FusedBlock(block, model.args.n_heads // model.output.ranks)
+        model.layers[i] = FusedBlock(block, model.args.n_heads // model.output.ranks, turn)
+    model.norm.forward = FusedNorm(model.norm)  # type: ignore[method-assign]
     put_(model.output, join([model.output]))
     return model

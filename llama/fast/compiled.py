@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.cache import KVCache, Span
+from llama.fast.packing import close_
 from llama.model import Transformer
 
 TOKENS = (1, 16, 128)
@@ -100,6 +101,10 @@ def compile_(model: Transformer, chunk: int = 512, progress: bool = True, **comp
             compiler = {"mode": "reduce-overhead", **compiler}
     made = CompiledHidden(model, chunk, **compiler)
     shapes = list(made.shapes())
+    if device.type == "cpu":
+        close_(model)
+        with torch.inference_mode():
+            model.logits(made.plain(torch.zeros(1, 1, dtype=torch.int64), 0, made.cache))
     # torch.compile counts the shapes of a function, and by default gives up after eight.
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=len(shapes) + 8):
         for rows, size, slots in tqdm(shapes, desc="compiling", unit="shape", disable=not progress, leave=False):

@@ -4,37 +4,56 @@ A decode step multiplies one row by every weight of the model, so it takes as lo
 PyTorch's `F.linear` on a CPU reads a plain bfloat16 matrix at less than half of what the memory gives; the same library
 (oneDNN) comes close to all of it on a matrix that was *reordered* once, into the blocks that its kernels walk through.
 The reordering operator is private to PyTorch (it is there for its compiler), so it is used here alone.
+
+A small matrix is multiplied before oneDNN has begun (12 µs a call), so for few rows there is a plain one as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
 Product = Callable[[Tensor], Tensor]
 """x (..., in) to (..., out)."""
 Linear = ColumnParallelLinear | RowParallelLinear
+SMALL = 1 << 18
+"""Weights up to which a plain product in float32 is faster than oneDNN's, for at most FEW rows (docs/LOG.md)."""
+FEW = 4
 
 
 def packed(weight: Tensor) -> Product:
     """x to x·weightᵀ, for a weight (out, in); its own storage is not needed any more. Plain where it can't be better:
     on a GPU, in a dtype that oneDNN doesn't pack, or in a PyTorch without the operator."""
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _can_reorder():
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        multiply = torch.ops.mkldnn._linear_pointwise.default
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not _can_reorder():
+        return lambda x: F.linear(x, weight)
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    multiply = torch.ops.mkldnn._linear_pointwise.default
 
-        def product(x: Tensor) -> Tensor:
-            out: Tensor = multiply(x, reordered, None, "none", [], "")
-            return out
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = multiply(x, reordered, None, "none", [], "")
+        return out
 
-        return product
-    return lambda x: F.linear(x, weight)
+    return _or_plain(weight, product) if weight.numel() <= SMALL else product
+
+
+def _or_plain(weight: Tensor, product: Product) -> Product:
+    columns = weight.float().t().contiguous()
+
+    def either(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > FEW:
+            return product(x)
+        return torch.mm(rows.float(), columns).type_as(x).view(*x.shape[:-1], -1)
+
+    return either
 
 
 def _can_reorder() -> bool:
@@ -66,3 +85,44 @@ def join(linears: Sequence[Linear]) -> Product:
 def put_(linear: Linear, product: Product) -> None:
     """Makes `product` the multiplication of a parallel layer."""
     linear.product = product  # type: ignore[assignment]
+
+
+# For a compiler ------------------------------------------------------------------------------------------------------
+
+_KNOWN: WeakValueDictionary[int, Closed] = WeakValueDictionary()
+_NUMBERS = count()
+
+
+class Closed:
+    """A product that a compiler calls and doesn't look into: packed and quantised weights are nothing that it knows.
+    It has to have been called once, to know how wide its result is."""
+
+    def __init__(self, product: Product) -> None:
+        self.product, self.features, self.number = product, 0, next(_NUMBERS)
+        _KNOWN[self.number] = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            closed: Tensor = _closed(x, self.number, self.features)
+            return closed
+        out = self.product(x)
+        self.features = out.shape[-1]
+        return out
+
+
+@torch.library.custom_op("codellama::product", mutates_args=())
+def _closed(x: Tensor, number: int, features: int) -> Tensor:
+    return _KNOWN[number].product(x)
+
+
+@_closed.register_fake
+def _(x: Tensor, number: int, features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+def close_(model: nn.Module) -> None:
+    """Closes all products that were put into a model: those of layers, and of blocks that have them themselves."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name in ("product", "wqkv", "wo", "w13", "w2") and not isinstance(value, Closed):
+                setattr(module, name, Closed(value))

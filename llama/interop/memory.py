@@ -38,9 +38,19 @@ import torch
 from llama.config import ModelArgs
 from llama.interop.layout import shard_shapes
 
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int8-dynamic", "int4", "int4:32", "int4:64", "int4:128", "nf4"]
+QUANTIZATIONS: dict[str, tuple[int, int | None, int]] = {
+    "int8": (8, None, 2),
+    "int8-dynamic": (8, None, 2),
+    "int4": (4, 32, 4),
+    "int4:32": (4, 32, 4),
+    "int4:64": (4, 64, 4),
+    "int4:128": (4, 128, 4),
+    "nf4": (4, 64, 2),
+}
+"""Bits of a weight's code, how many weights of a row have a scale (None: all; with a zero point or without), and its
+bytes. With 4 bits the output layer is kept in int8."""
 Device = Literal["cuda", "cpu"]
-GROUP = 32  # int4 weights that share a scale and a zero point
 WORKSPACE = 32 * 2**20
 """What cuBLAS takes through PyTorch's allocator, on Hopper; 8 MiB on older GPUs."""
 
@@ -62,8 +72,8 @@ class Settings:
         for name in ("model_parallel_size", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.quantize not in (None, "int8", "int4"):
-            raise ValueError(f"quantize is {self.quantize!r}; choose int8 or int4, or leave it out")
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise ValueError(f"quantize is {self.quantize!r}; choose {', '.join(QUANTIZATIONS)}, or leave it out")
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"device is {self.device!r}; plan for cuda or cpu")
 
@@ -128,18 +138,16 @@ def slot_bytes(head_dim: int, stored: torch.dtype) -> int:
 
 
 def weight_bytes(args: ModelArgs, settings: Settings) -> int:
-    """Of one rank. int8: a byte a weight, and a scale for each output row. int4: half a byte, and a scale and a zero
-    point in bfloat16 for each 32 weights of a row. The embedding and the norms stay in the dtype."""
+    """Of one rank: codes and their scales. The embedding and the norms stay in the dtype."""
     one_layer = dataclasses.replace(args, n_layers=1)  # all layers are alike
     total = 0
     for name, shape in shard_shapes(one_layer, settings.model_parallel_size).items():
         count = args.n_layers if name.startswith("layers.") else 1
-        if settings.quantize is None or len(shape) == 1 or name.startswith("tok_embeddings"):
-            size = math.prod(shape) * settings.dtype.itemsize
-        elif settings.quantize == "int8":
-            size = math.prod(shape) + shape[0] * settings.dtype.itemsize
-        else:
-            size = -(-math.prod(shape) // 2) + shape[0] * -(-shape[1] // GROUP) * 2 * 2
+        size = math.prod(shape) * settings.dtype.itemsize
+        if settings.quantize is not None and len(shape) == 2 and not name.startswith("tok_embeddings"):
+            kept = QUANTIZATIONS[settings.quantize]
+            bits, group, scale = QUANTIZATIONS["int8"] if name.startswith("output") else kept
+            size = -(-math.prod(shape) * bits // 8) + shape[0] * -(-shape[1] // (group or shape[1])) * scale
         total += count * size
     return total
 

@@ -133,20 +133,21 @@ def spelled(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def require(args: ModelArgs, ranks: Ranks, dtype: torch.dtype, prefill_chunk: int = 512) -> None:
+def require(args: ModelArgs, ranks: Ranks, dtype: torch.dtype, prefill_chunk: int = 512, scheme: object = None) -> None:
     """Raises ValueError, in the plan's words, where a run can't fit into what is free on this rank's device now.
 
-    Only what exceeds it by more than a plan's error of 5 % is refused. Nothing is where the free memory is not known
-    (neither CUDA nor Linux), or where the environment variable CODELLAMA_IGNORE_PLAN is set. Ranks on one machine's
-    CPU are taken to share its memory.
+    `scheme` is that of quantised weights, or its name. Only what exceeds it by more than a plan's error of 5 % is
+    refused. Nothing is where the free memory is not known (neither CUDA nor Linux), or where the environment variable
+    CODELLAMA_IGNORE_PLAN is set. Ranks on one machine's CPU are taken to share its memory.
     """
     free = free_memory(ranks.device)
     if free is None or os.environ.get(IGNORE):
         return
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
-    planned = plan(args, Settings(ranks.world_size, dtype, prefill_chunk=prefill_chunk, device=device))
+    kept = cast("Quantization | None", None if scheme is None else str(scheme))
+    planned = plan(args, Settings(ranks.world_size, dtype, None, kept, prefill_chunk, device))
     if USABLE * planned.total > free:
-        near = (other for other in alternatives(planned, free) if other.settings.quantize is None)
+        near = alternatives(planned, free)
         others = "; ".join(difference(planned, other) for other in near) or "nothing near to it"
         raise ValueError(
             f"this needs {spelled(planned.total)} on each rank ({spelled(planned.weights)} of weights, "
@@ -215,7 +216,7 @@ def command(
         model_parallel_size: ranks that share the model.
         dtype: float32, bfloat16 or float16 (default: bfloat16, on a CPU float32).
         kv_dtype: of the cache, also float8 or int8 (default: as dtype).
-        quantize: int8 or int4 weights.
+        quantize: int8, int8-dynamic, int4 (or int4:64, int4:128) or nf4 weights.
         device_memory: of each rank, as 80GB or 79.6GiB (default: what is free here, if the device is).
         prefill_chunk: tokens of each row that are read at once.
         device: cuda or cpu.

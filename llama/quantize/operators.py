@@ -14,9 +14,11 @@ N is the rows of a weight (outputs), K its columns (inputs).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +28,15 @@ from llama.quantize.codes import MIDDLE, one_in_a_byte, two_in_a_byte
 
 Stored = dict[str, Tensor]
 """What is kept of a weight: tensors with N rows each."""
-Packed = dict[str, Tensor]
-"""The same in the order that an operator wants."""
+Packed = dict[str, Any]
+"""The same in the order that an operator wants: tensors, or what it calls packed."""
 Decode = Callable[[Stored], Tensor]
 """Stored tensors to the float32 weight (N, K)."""
 
 FEW = 16
 """Rows up to which the operators for a few rows are used on a CPU."""
+LARGE = 1 << 20
+"""Weights from which two products of 8 bits pay for what they need around them (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -98,45 +102,79 @@ INT8 = Operator(_takes_int8, _contiguous, _int8, lambda packed: packed)
 # int8 with activations quantised as well -----------------------------------------------------------------------------
 
 
+def _takes_fbgemm(stored: Stored) -> bool:
+    # Without VNNI, pairs of products are added in 16 bits, which overflow.
+    there = has("quantized::linear_dynamic", "cpu") and "fbgemm" in torch.backends.quantized.supported_engines
+    return _device(stored) == "cpu" and there and torch.cpu._is_vnni_supported() and stored["codes"].shape[1] > 1
+
+
+def _pack_fbgemm(stored: Stored) -> Packed:
+    codes, scale = stored["codes"], stored["scale"].flatten().double()
+    unit = torch.zeros(1, codes.shape[1])
+    unit[0, :2] = torch.tensor([-128.0, 127.0])
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():  # quantised tensors are to vanish one day; `takes` sees it when they have
+            warnings.simplefilter("ignore", UserWarning)
+            whole = torch._make_per_channel_quantized_tensor(
+                codes, scale, torch.zeros(len(codes), dtype=torch.int64), 0
+            )
+            return {"codes": torch.ops.quantized.linear_prepack(whole, None), "unit": unit}
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def _unpack_fbgemm(packed: Packed) -> Stored:
+    whole, _ = torch.ops.quantized.linear_unpack(packed["codes"])
+    return {"codes": whole.int_repr(), "scale": whole.q_per_channel_scales().bfloat16().unsqueeze(1)}
+
+
+def _fbgemm(packed: Packed, x: Tensor) -> Tensor:
+    """Activations in 8 bits. The operator quantises all that it is given by one scale: right for one row. Several are
+    brought to the same largest size before, and a row of -128, 127 and zeros beside them makes that scale 1."""
+    wide = x.float()
+    if len(x) == 1:
+        return _multiply_fbgemm(packed, wide).to(x.dtype)
+    scale = _scale_of_rows(wide)
+    out = _multiply_fbgemm(packed, torch.cat((wide / scale, packed["unit"])))
+    return out[: len(x)].mul_(scale).to(x.dtype)
+
+
+def _fbgemm_twice(packed: Packed, x: Tensor) -> Tensor:
+    """Activations in 16 bits: whole numbers up to 127, and what is left of them in 254ths, as rows of one product.
+    bfloat16, in which they come, has 8 bits and a place for the point."""
+    wide, M = x.float(), len(x)
+    scale = _scale_of_rows(wide)
+    exact = wide / scale
+    whole = exact.round()
+    out = _multiply_fbgemm(packed, torch.cat((whole, (exact - whole).mul_(254), packed["unit"])))
+    return torch.add(out[:M], out[M : 2 * M], alpha=1 / 254).mul_(scale).to(x.dtype)
+
+
+def _scale_of_rows(wide: Tensor) -> Tensor:
+    return wide.abs().amax(1, keepdim=True).clamp_min_(1e-30).mul_(1 / 127)
+
+
+def _multiply_fbgemm(packed: Packed, wide: Tensor) -> Tensor:
+    out: Tensor = torch.ops.quantized.linear_dynamic(wide, packed["codes"], False)
+    return out
+
+
+def _takes_fbgemm_twice(stored: Stored) -> bool:
+    return stored["codes"].numel() >= LARGE and _takes_fbgemm(stored)
+
+
+FBGEMM = Operator(_takes_fbgemm, _pack_fbgemm, _fbgemm, _unpack_fbgemm, None)
+FBGEMM_TWICE = Operator(_takes_fbgemm_twice, _pack_fbgemm, _fbgemm_twice, _unpack_fbgemm, None)
+
+
 def _rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (M, K) to codes from -127 to 127, still floats, and each row's scale, float32 (M, 1). A row has its own
     scale, so that what is computed of it does not depend on the rows beside it."""
     wide = x.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp_min_(1e-30) / 127
+    scale = _scale_of_rows(wide)
     return (wide / scale).round_(), scale
-
-
-def _takes_onednn(stored: Stored) -> bool:
-    # Without VNNI, pairs of products are added in 16 bits, which overflow.
-    there = has("onednn::qlinear_prepack", "cpu") and has("onednn::qlinear_pointwise", "cpu")
-    return _device(stored) == "cpu" and there and torch.cpu._is_vnni_supported()
-
-
-def _pack_onednn(stored: Stored) -> Packed:
-    scale = stored["scale"].flatten()
-    return {
-        "codes": torch.ops.onednn.qlinear_prepack(stored["codes"].contiguous(), None),
-        "scale": scale.float(),
-        "zero": torch.zeros(len(scale), dtype=torch.int32),
-    }
-
-
-def _unpack_onednn(packed: Packed) -> Stored:
-    codes = packed["codes"].to_dense().t().contiguous()
-    return {"codes": codes, "scale": packed["scale"].bfloat16().unsqueeze(1)}
-
-
-def _onednn(packed: Packed, x: Tensor) -> Tensor:
-    codes, scale = _rows_to_int8(x)
-    unsigned = codes.add_(128).to(torch.uint8)
-    weight = packed["codes"], packed["scale"], packed["zero"]
-    # No bias, and nothing but float32 after the sum.
-    plainly = 1.0, 0, torch.float32, "none", (), ""
-    out: Tensor = torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, *weight, None, *plainly)
-    return out.mul_(scale).to(x.dtype)
-
-
-ONEDNN = Operator(_takes_onednn, _pack_onednn, _onednn, _unpack_onednn, None)
 
 
 def _takes_int_mm(stored: Stored) -> bool:
@@ -149,7 +187,8 @@ def _int_mm(packed: Packed, x: Tensor) -> Tensor:
     rows = max(32, -(-len(x) // 8) * 8)  # cuBLAS wants more than 16 rows
     padded = F.pad(codes.to(torch.int8), (0, 0, 0, rows - len(x)))
     out = torch._int_mm(padded, packed["codes"].t())[: len(x)]
-    return (out * scale * packed["scale"].float().t()).to(x.dtype)
+    wide: Tensor = out * scale * packed["scale"].float().t()
+    return wide.to(x.dtype)
 
 
 INT_MM = Operator(_takes_int_mm, _contiguous, _int_mm, lambda packed: packed, None)

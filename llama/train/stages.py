@@ -111,10 +111,10 @@ STAGES: dict[str, Stage] = {
             2 * _LENGTH,
             1e6,
             Mixture(
-                infilling=0.4,
+                infilling=0.3,
                 suffix_first=0.3,
                 line_gaps=0.9,
-                functions=0.7,
+                functions=0.95,
                 dialogs=0.5,
                 keys=0.05,
                 longest_answer=48,

@@ -96,6 +96,12 @@ def test_head_and_body_are_the_function() -> None:
         ("\n    a = 1\n    b = (1 +", False, "\n    a = 1"),
         ("\n    a = 1\nb = (1 +", False, "\n    a = 1"),
         (" # no line", False, ""),
+        (
+            "\n    if a:\n        return 1\n\n    if b:\n        # why\n        ret",
+            False,
+            "\n    if a:\n        return 1",
+        ),
+        ("\n    if a:\n        # why", True, "\n    if a:\n        # why"),
     ],
 )
 def test_completion_is_cut_where_the_function_ends(text: str, ended: bool, expected: str) -> None:

@@ -12,6 +12,7 @@ import torch._dynamo
 from llama import Llama, ModelArgs, Transformer
 from llama.fast import speed_up_
 from llama.fast.compiled import CompiledHidden, compile_
+from llama.quantize.layers import quantize_
 
 PROMPTS = ["def f(x):\n", "x", "import os\n\n\ndef read(path, mode):\n    return"]
 
@@ -35,6 +36,19 @@ def greedy(llama: Llama) -> list[str]:
 def compiled(model: Transformer) -> object:
     # "aot_eager" traces and functionalises as the real compiler does, and needs none.
     return compile_(model, chunk=16, progress=False, backend="aot_eager")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_quantised_models_are_compiled_too(tiny_llama: Llama, scheme: str, fused: bool) -> None:
+    """Their weights are nothing that a compiler knows."""
+    quick = twin(tiny_llama, lambda model: quantize_(model, scheme))
+    if fused:
+        speed_up_(quick.model)
+    expected = greedy(quick)
+    compiled(quick.model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert greedy(quick) == expected
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -107,7 +121,11 @@ def test_no_compiler_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tiny
 
 
 @pytest.mark.slow
-def test_compiled_by_the_real_compiler_the_text_is_the_same(tiny_llama: Llama) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_compiled_by_the_real_compiler_the_text_is_the_same(tiny_llama: Llama, fused: bool) -> None:
     """Minutes: C++ is written and compiled for every shape."""
-    quick = twin(tiny_llama, lambda model: compile_(model, chunk=16, progress=False))
-    assert greedy(quick) == greedy(tiny_llama)
+
+    def change(model: Transformer) -> object:
+        return compile_(speed_up_(model) if fused else model, chunk=16, progress=False)
+
+    assert greedy(twin(tiny_llama, change)) == greedy(tiny_llama)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
 from llama.cache import Span
-from llama.fast import attention, speed_up_
-from llama.fast.block import rotate
+from llama.fast import attention, packing, speed_up_
+from llama.fast.block import FusedNorm, Turn
 from llama.fast.packing import packed
+from llama.model import RMSNorm
 from llama.quantize.layers import quantize_
 from llama.rope import rotate as plain_rotate
 
@@ -88,7 +89,11 @@ def test_the_text_is_the_same(tiny_llama: Llama) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("small", [0, packing.SMALL])
+def test_a_packed_product_is_the_product(
+    dtype: torch.dtype, rows: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "SMALL", small)
     g = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=g).to(dtype) for size in ((33, 40), (2, rows, 40)))
     exact = x.double() @ weight.double().T
@@ -127,9 +132,26 @@ def test_a_quantised_model_is_made_fast_with_the_same_codes(scheme: str) -> None
 
 
 def test_rotation_by_complex_numbers_is_the_rotation() -> None:
-    x = torch.randn(2, 5, 3, 8)
-    angles = torch.randn(1, 5, 1, 4)
-    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), plain_rotate(x, angles.cos(), angles.sin()))
+    x, turn = torch.randn(2, 5, 3, 8), Turn()
+    for _ in range(2):  # what was made of one step's angles is not used for the next
+        angles = torch.randn(1, 5, 1, 4)
+        rotation = angles.cos(), angles.sin()
+        for part in (x, x[:, :, 1:]):
+            torch.testing.assert_close(turn(part, rotation), plain_rotate(part, *rotation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_the_norm_of_twice_as_many_is_rms_norm(dtype: torch.dtype, size: float) -> None:
+    """Against float64; around the eps too, where it counts."""
+    norm = RMSNorm(96, 1e-6).requires_grad_(False)
+    norm.weight.uniform_(0.5, 1.5)
+    x = (torch.randn(2, 5, 96) * size + size).to(dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.to(dtype).double()
+    found = FusedNorm(norm.to(dtype))(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6 if dtype == torch.float32 else 2**-8, atol=1e-6)
 
 
 def test_prefill_makes_no_more_scores_than_it_may() -> None:

@@ -14,13 +14,17 @@ import torch
 import reference
 from fixtures_text import ARGS
 from llama import Llama, Transformer, checkpoint
+from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
+from llama.generation import EMBEDDED
 from llama.interop import plan as module
 from llama.interop.layout import read_args, shard_shapes, whole_shapes
 from llama.interop.measure_plan import compare
-from llama.interop.memory import Settings, plan, weight_bytes
+from llama.interop.memory import QUANTIZATIONS, Settings, plan, weight_bytes
 from llama.interop.plan import alternatives, changed, command, difference, fits, parse_size, require, verdict
 from llama.parallel import Ranks
+from llama.quantize.layers import linears, quantize_
+from llama.quantize.saved import quantize_checkpoint
 from llama.tokenizer import Tokenizer
 
 GB = 10**9
@@ -74,7 +78,33 @@ def test_quantized_weights_leave_embedding_and_norms() -> None:
     kept = (96 * 64 + 3 * 64) * 2
     assert weight_bytes(args, Settings()) == 2 * matrices + kept
     assert weight_bytes(args, Settings(quantize="int8")) == matrices + kept + 2 * (5 * 64 + 2 * 128 + 96)
-    assert weight_bytes(args, Settings(quantize="int4")) == matrices // 2 + kept + 4 * matrices // 32
+    inner, output = matrices - 96 * 64, 96 * 64 + 2 * 96
+    assert weight_bytes(args, Settings(quantize="int4")) == inner // 2 + 4 * inner // 32 + output + kept
+
+
+@pytest.mark.parametrize("word", QUANTIZATIONS)
+def test_quantized_weights_are_as_large_as_planned(word: str) -> None:
+    """By what llama/quantize stores of a model, tensor by tensor."""
+    args = ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, hidden_dim=256)
+    if word == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = quantize_(Transformer(args).to(torch.bfloat16).requires_grad_(False), word)
+    stored = [tensor for layer in linears(model).values() for tensor in layer.product.stored.values()]
+    left = [weight for weight in model.parameters() if weight is not None]
+    assert sum(tensor.nbytes for tensor in (*stored, *left)) == weight_bytes(args, Settings(quantize=word))  # type: ignore[arg-type]
+
+
+def test_build_plans_for_the_weights_as_they_will_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory that holds the 8 bits and not the 32; from a plain folder, and from one that is quantised already."""
+    args = Checkpoint(EMBEDDED).args(max_seq_len=64, max_batch_size=1)
+    sizes = [plan(args, Settings(1, torch.float32, None, word, device="cpu")).total for word in (None, "int8")]  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "free_memory", lambda device: (sizes[0] + sizes[1]) // 2)
+    limits: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 1, "device": "cpu"}
+    with pytest.raises(ValueError, match="--quantize int8"):
+        Llama.build(**limits)
+    assert Llama.build(**limits, quantize="int8").text_completion(["x"], max_gen_len=1)
+    quantize_checkpoint(EMBEDDED, tmp_path / "int8", "int8")
+    assert Llama.build(tmp_path / "int8", **limits).text_completion(["x"], max_gen_len=1)
 
 
 def test_memory_is_linear_in_the_context() -> None:
@@ -196,7 +226,7 @@ def test_the_verdict_says_what_to_type() -> None:
         ({"model_parallel_size": 3}, "3 ranks"),
         ({"model_parallel_size": 64}, "64 ranks"),
         ({"model_parallel_size": 0}, "model_parallel_size"),
-        ({"quantize": "int2"}, "int2.*int8 or int4"),
+        ({"quantize": "int2"}, "int2.*int8, .*int4"),
         ({"prefill_chunk": 0}, "prefill_chunk"),
         ({"device": "tpu"}, "tpu"),
     ],

@@ -158,17 +158,51 @@ def test_dynamic_rows_do_not_depend_on_their_neighbours() -> None:
     """One scale for all activations would let a loud row, or padding, change what is computed of the others."""
     product = SCHEMES["int8-dynamic"].product(SCHEMES["int8"].quantize(weights(64, 128)))
     x = torch.randn(4, 128)
-    alone = product(x[:1])
+    quiet, alone = product(x[:2]), product(x[:1])
     x[1:] *= 1000
-    assert torch.equal(product(x)[:1], alone)
-    assert torch.equal(product(torch.zeros(2, 128)), torch.zeros(2, 64))
+    assert torch.equal(product(x)[:1], quiet[:1])
+    # A row alone may have levels that lie otherwise: between its least and its largest number.
+    assert float((alone - quiet[:1]).norm() / alone.norm()) < 0.02
+    for rows in (1, 2):
+        assert torch.equal(product(torch.zeros(rows, 128)), torch.zeros(rows, 64))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 65), (7, 2)], ids=str)
+def test_int8_with_activations_in_two_parts_is_as_exact_as_they_are(shape: tuple[int, int]) -> None:
+    """What is lost of an activation is at most half of a 254th of a 127th of its row's largest."""
+    stored = SCHEMES["int8"].quantize(weights(*shape))
+    operator, whole = operators.FBGEMM_TWICE, dequantized("int8", stored)
+    if not operators.FBGEMM.takes(stored):
+        pytest.skip("this CPU or this PyTorch lacks fbgemm's products of 8 bits")
+    packed = operator.pack({key: tensor.clone() for key, tensor in stored.items()})
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1]) * torch.logspace(-3, 3, rows)[:, None]
+        out, right = operator.multiply(packed, x), x.double() @ whole.T
+        half_steps = x.double().abs().amax(1, keepdim=True) / (127 * 254 * 2)
+        size = x.double().abs() @ whole.abs().T
+        assert ((out.double() - right).abs() <= half_steps @ whole.abs().sum(1)[None] + size * 1e-6).all()
+        in_bfloat16 = operator.multiply(packed, x.bfloat16())
+        assert in_bfloat16.dtype == torch.bfloat16
+    again = operator.unpack(packed)
+    assert all(torch.equal(again[key], tensor) for key, tensor in stored.items())
+
+
+def test_large_weights_are_multiplied_in_two_parts() -> None:
+    stored = SCHEMES["int8"].quantize(torch.randn(1024, 1024))
+    if not operators.FBGEMM.takes(stored):
+        pytest.skip("this CPU or this PyTorch lacks fbgemm's products of 8 bits")
+    product = SCHEMES["int8"].product(stored)
+    assert product.operator is operators.FBGEMM_TWICE
+    x = torch.randn(9, 1024)
+    right = x.double() @ dequantized("int8", stored).T
+    assert float((product(x).double() - right).norm() / right.norm()) < 1e-4
 
 
 def test_whole_number_product_for_cuda_on_a_cpu() -> None:
     stored = SCHEMES["int8"].quantize(weights(64, 128))
     x = torch.randn(5, 128)
     ours = operators.INT_MM.multiply(operators.INT_MM.pack(stored), x)
-    torch.testing.assert_close(ours, operators.ONEDNN.multiply(operators.ONEDNN.pack(stored), x))
+    torch.testing.assert_close(ours, operators.FBGEMM.multiply(operators.FBGEMM.pack(stored), x))
 
 
 def test_half_bytes() -> None:
