@@ -108,8 +108,7 @@ class KVCache:
         device = self.keys[0].device
         aligned = first == end - T
         visible = end if T > 1 else min(-(-end // self.bucket) * self.bucket, self.slots)
-        new = torch.arange(T, device=device)
-        positions = new + torch.tensor(starts[:1] if aligned else starts, device=device)[:, None]  # (B or 1, T)
+        positions = torch.arange(T, device=device) + torch.tensor(starts[: 1 if aligned else B], device=device)[:, None]
         return Span(positions, visible, first if aligned else None, self.keys[0].dtype)
 
     def extend(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

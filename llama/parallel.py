@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as groups
 from fairscale.nn.model_parallel import layers, mappings
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INIT_STD = 0.02  # of freshly made weights, normal; as GPT-2's
@@ -89,9 +90,8 @@ def default_device() -> torch.device:
     """A GPU where there is one: this rank's under torchrun, Apple's for a single process; else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return torch.device("mps")
-    return torch.device("cpu")
+    mps = torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return torch.device("mps" if mps else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -139,8 +139,6 @@ def start(
             f"model_parallel_size {size}, but this process already belongs to a group of "
             f"{groups.get_model_parallel_world_size()}; use that, or start afresh"
         )
-    if world_size > 1:
-        dist.distributed_c10d._set_pg_timeout(wait, groups.get_model_parallel_group())
     return Ranks(groups.get_model_parallel_rank(), size, device, _control_group(size, wait))
 
 
@@ -161,6 +159,7 @@ def _start_alone() -> None:
 def _control_group(size: int, wait: timedelta) -> dist.ProcessGroup | None:
     if size == 1:
         return None
+    dist.distributed_c10d._set_pg_timeout(wait, groups.get_model_parallel_group())
     mine = None
     for first in range(0, dist.get_world_size(), size):  # every process takes part in making every group
         members = list(range(first, first + size))
@@ -266,6 +265,8 @@ class RowParallelLinear(layers.RowParallelLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.product(x)
+        if torch.compiler.is_compiling() and self.ranks > 1:  # fairscale's sum marks its input as changed: no compiler
+            return all_reduce(part, "sum", groups.get_model_parallel_group())  # follows that. This is the same sum.
         return part if self.ranks == 1 else mappings.reduce_from_model_parallel_region(part)
 
     def product(self, x: Tensor) -> Tensor:
