@@ -6,8 +6,8 @@ hands out `Event`s as text becomes certain, and `generate` and the jobs collect 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +115,13 @@ class Llama:
                     "(the Python models have 32000 pieces, those that infill 32016)"
                 )
             # What can't fit is refused here, before a byte is read; CODELLAMA_IGNORE_PLAN=1 lets it pass.
-            scheme = quantize or getattr(checkpoint, "scheme", None)  # a quantised folder has one
-            importlib.import_module("llama.interop.plan").require(args, ranks, dtype, prefill_chunk, scheme)
+            import_module("llama.interop.plan").require(checkpoint, args, ranks, dtype, prefill_chunk, quantize)
             with torch.device("meta"):
                 model = Transformer(args)
             # Whatever was saved quantised stays so; a plain checkpoint is read by `checkpoint.load`.
-            importlib.import_module("llama.quantize.layers").quantize_load(model, checkpoint, ranks, dtype, quantize)
+            import_module("llama.quantize.layers").quantize_load(model, checkpoint, ranks, dtype, quantize)
             if fast or compile:
-                importlib.import_module("llama.fast").prepare_(model, prefill_chunk, fast, compile, ranks.leads)
+                import_module("llama.fast").prepare_(model, prefill_chunk, fast, compile, ranks.leads)
         return cls(model, tokenizer, ranks=ranks, seed=seed, prefill_chunk=prefill_chunk, lookup=lookup)
 
     # Tokens ----------------------------------------------------------------------------------------------------------

@@ -69,11 +69,10 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         if start_pos is None and cache is None:
             span = Span(torch.arange(T, device=tokens.device)[None], T, 0, self.norm.weight.dtype)
-            cos, sin = self.rotation(T)
         else:
             cache = cache or self.own_cache()
             span = cache.span(0 if start_pos is None else start_pos, B, T)
-            cos, sin = self.rotation(cache.slots)
+        cos, sin = self.rotation(cache.slots if cache else T)
         rotation = cos[span.positions].unsqueeze(2), sin[span.positions].unsqueeze(2)  # (B or 1, T, 1, D/2)
         h = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):

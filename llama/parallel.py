@@ -264,10 +264,13 @@ class RowParallelLinear(layers.RowParallelLinear):  # type: ignore[misc]
         self.weight = _weight(out_features, in_features, cut=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self.product(x)
-        if torch.compiler.is_compiling() and self.ranks > 1:  # fairscale's sum marks its input as changed: no compiler
-            return all_reduce(part, "sum", groups.get_model_parallel_group())  # follows that. This is the same sum.
-        return part if self.ranks == 1 else mappings.reduce_from_model_parallel_region(part)
+        part: Tensor = self.product(x)
+        if torch.compiler.is_compiling() and self.ranks > 1:
+            # The same sum; fairscale's marks its input as changed, which a compiler can't follow.
+            part = all_reduce(part, "sum", groups.get_model_parallel_group())
+        elif self.ranks > 1:
+            part = mappings.reduce_from_model_parallel_region(part)
+        return part
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from fire.decorators import SetParseFns
 
+from llama.checkpoint import Weights
 from llama.config import PRESETS, ModelArgs
 from llama.interop.layout import read_args
 from llama.interop.memory import Device, Plan, Quantization, Settings, plan
@@ -133,17 +134,25 @@ def spelled(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def require(args: ModelArgs, ranks: Ranks, dtype: torch.dtype, prefill_chunk: int = 512, scheme: object = None) -> None:
+def require(
+    checkpoint: Weights,
+    args: ModelArgs,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    prefill_chunk: int = 512,
+    quantize: str | None = None,
+) -> None:
     """Raises ValueError, in the plan's words, where a run can't fit into what is free on this rank's device now.
 
-    `scheme` is that of quantised weights, or its name. Only what exceeds it by more than a plan's error of 5 % is
-    refused. Nothing is where the free memory is not known (neither CUDA nor Linux), or where the environment variable
-    CODELLAMA_IGNORE_PLAN is set. Ranks on one machine's CPU are taken to share its memory.
+    Of the checkpoint it is asked only whether it is quantised already. What exceeds the free memory by no more than a
+    plan's error of 5 % passes, and so does everything where that is not known (neither CUDA nor Linux), or where the
+    environment variable CODELLAMA_IGNORE_PLAN is set. Ranks on one machine's CPU are taken to share its memory.
     """
     free = free_memory(ranks.device)
     if free is None or os.environ.get(IGNORE):
         return
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
+    scheme = quantize or getattr(checkpoint, "scheme", None)
     kept = cast("Quantization | None", None if scheme is None else str(scheme))
     planned = plan(args, Settings(ranks.world_size, dtype, None, kept, prefill_chunk, device))
     if USABLE * planned.total > free:

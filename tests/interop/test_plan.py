@@ -242,19 +242,20 @@ def test_a_vocabulary_is_needed() -> None:
 
 
 def test_build_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Checkpoint(EMBEDDED)
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     monkeypatch.setattr(module, "free_memory", lambda device: 8 * GB)
     with pytest.raises(
         ValueError, match=r"13\.48 GB of weights.*8\.00 GB free.*--model_parallel_size 4.*CODELLAMA_IGNORE_PLAN"
     ):
-        require(preset("7B"), ranks, torch.bfloat16)
+        require(plain, preset("7B"), ranks, torch.bfloat16)
     monkeypatch.setenv("CODELLAMA_IGNORE_PLAN", "1")
-    require(preset("7B"), ranks, torch.bfloat16)
+    require(plain, preset("7B"), ranks, torch.bfloat16)
     monkeypatch.delenv("CODELLAMA_IGNORE_PLAN")
     monkeypatch.setattr(module, "free_memory", lambda device: None)
-    require(preset("7B"), ranks, torch.bfloat16)
+    require(plain, preset("7B"), ranks, torch.bfloat16)
     monkeypatch.undo()
-    require(dataclasses.replace(ARGS, max_seq_len=16), ranks, torch.float32)  # on this machine
+    require(plain, dataclasses.replace(ARGS, max_seq_len=16), ranks, torch.float32)  # on this machine
 
 
 def test_llama_asks_the_plan_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
