@@ -115,6 +115,8 @@ def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
     whole = activation_bytes(args, settings, rows, chunk, slots - rest)  # the last whole chunk, and what follows it
     reading = max(whole, activation_bytes(args, settings, rows, rest, slots) if rest else 0)
     workspace = WORKSPACE if settings.device == "cuda" else 0
+    # A prompt's ids as a tensor, and where the memory is the same, as a list of Python's integers and its padded copy.
+    ids = rows * slots * (8 if settings.device == "cuda" else 8 + 32 + 2 * 8)
     vocabulary = args.vocab_size * (width + (width + width // ranks) * (ranks > 1) + 4 * (width < 4))
     stream = args.dim * width
     # The last chunk's hidden states, of each row its last one, twice, and the scores.
@@ -127,7 +129,7 @@ def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
         tables=2 * slots * half * 4,
         # The angles, and in turn cos, sin and their scaled copies, in float64.
         making_tables=slots * half * 32 if settings.device == "cpu" else 0,
-        prefill=workspace + 8 * rows * slots + max(reading, last),
+        prefill=workspace + ids + max(reading, last),
         decode=workspace + max(activation_bytes(args, settings, rows, 1, slots), 40 * rows * args.vocab_size),
     )
 

@@ -85,6 +85,14 @@ def test_texts_are_those_without(llama: Llama, lookup: int, temperature: float) 
         same(answers(llama, lookup, prompts, temperature=temperature), without)
 
 
+@pytest.mark.slow
+def test_a_thousand_prompts_have_the_texts_that_they_have_without(llama: Llama) -> None:
+    prompts = prompts_of(random.Random(1), llama.tokenizer.n_words, 1000)
+    expected = answers(llama, 0, prompts)
+    same(answers(llama, 5, prompts), expected)
+    assert sum(len(a.tokens) for a in expected) > 10_000
+
+
 def test_guesses_are_made_and_come_true(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(random.Random(0), llama.model.args.vocab_size, 4)
     counting = Counting(monkeypatch)
