@@ -138,7 +138,7 @@ def _makes(
     folder: Path, held_out: Sequence[Source], base: int, longest: int, trained: int, amounts: Amounts
 ) -> dict[str, Callable[[], Figures]]:
     def build(length: int, rows: int = ROWS) -> Llama:
-        return Llama.build(folder, max_seq_len=length, max_batch_size=rows, device="cpu")
+        return Llama.build(folder, max_seq_len=length, max_batch_size=rows, device="cpu", fast=True)
 
     # Long rows one at a time: a row of 4,096 fills two cores, and more of them only take memory.
     few = max(1, ROWS * base // longest)
