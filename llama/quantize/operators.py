@@ -35,8 +35,8 @@ Decode = Callable[[Stored], Tensor]
 
 FEW = 16
 """Rows up to which the operators for a few rows are used on a CPU."""
-LARGE = 1 << 20
-"""Weights from which two products of 8 bits pay for what they need around them (docs/LOG.md)."""
+LARGE, WIDE = 1 << 22, 1 << 10
+"""Weights, and columns of them, from which two products of 8 bits pay for what they need around them (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def _multiply_fbgemm(packed: Packed, wide: Tensor) -> Tensor:
 
 
 def _takes_fbgemm_twice(stored: Stored) -> bool:
-    return stored["codes"].numel() >= LARGE and _takes_fbgemm(stored)
+    N, K = stored["codes"].shape
+    return N * K >= LARGE and K >= WIDE and _takes_fbgemm(stored)
 
 
 FBGEMM = Operator(_takes_fbgemm, _pack_fbgemm, _fbgemm, _unpack_fbgemm, None)

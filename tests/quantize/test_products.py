@@ -188,7 +188,7 @@ def test_int8_with_activations_in_two_parts_is_as_exact_as_they_are(shape: tuple
 
 
 def test_large_weights_are_multiplied_in_two_parts() -> None:
-    stored = SCHEMES["int8"].quantize(torch.randn(1024, 1024))
+    stored = SCHEMES["int8"].quantize(torch.randn(4096, 1024))
     if not operators.FBGEMM.takes(stored):
         pytest.skip("this CPU or this PyTorch lacks fbgemm's products of 8 bits")
     product = SCHEMES["int8"].product(stored)
