@@ -164,7 +164,8 @@ def infill(
             if file != "-" and not os.path.isfile(file):
                 raise ValueError(f"there is no file {file}; give a file with one {FILL}, or - for standard input")
             # As bytes, so that line ends stay what they are.
-            text = sys.stdin.read() if file == "-" else Path(file).read_bytes().decode("utf-8")
+            # As bytes: a text stream would turn \r\n into \n.
+            text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
             if text.count(FILL) != 1:
                 raise ValueError(f"{file} has {text.count(FILL)} places marked {FILL}; it needs exactly one")
     prefix, suffix = llama.ranks.broadcast_object(text).split(FILL)

@@ -31,7 +31,7 @@ def codellama(
         options = ["--ckpt_dir", str(tiny_checkpoint)] if defaults else []
         options += ["--temperature", "0", "--max_gen_len", "8"] if defaults and words[0] != "info" else []
         monkeypatch.setattr(sys, "argv", ["codellama", *words, *options])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
         capsys.readouterr()
         code = 0
@@ -184,6 +184,8 @@ def test_infill_prints_the_file_filled_in(codellama: Run, tiny_llama: Llama, tmp
 
 
 def test_infill_reads_standard_input(codellama: Run, tiny_llama: Llama) -> None:
+    windows = f"a = 1\r\nx = {middle(tiny_llama, 'a = 1' + chr(13) + chr(10) + 'x = ', chr(13) + chr(10))}\r\n"
+    assert codellama("infill", "-", stdin="a = 1\r\nx = <FILL>\r\n") == (0, windows, "")
     assert codellama("infill", "-", stdin="x = <FILL>\n") == (0, f"x = {middle(tiny_llama, 'x = ', chr(10))}\n", "")
 
 
