@@ -13,6 +13,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.fast import speed_up_
 from llama.fast.compiled import CompiledHidden, compile_
 from llama.quantize.layers import quantize_
+from llama.rope import SPECTRA
 
 PROMPTS = ["def f(x):\n", "x", "import os\n\n\ndef read(path, mode):\n    return"]
 
@@ -66,6 +67,54 @@ def test_the_text_is_the_same_and_nothing_is_compiled_after_the_start(tiny_llama
         long = quick.text_completion(["x = 1\n"], temperature=0.0)[0]["generation"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     assert long == tiny_llama.text_completion(["x = 1\n"], temperature=0.0)[0]["generation"]
+
+
+SCALINGS: dict[str, dict[str, object]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "ntk": {"factor": 4.0},
+    "dynamic": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "ntk_by_parts": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn_paper": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("default", 4), *((name, 2) for name in SPECTRA)])
+def test_every_spectrum_compiled_gives_the_scores_that_it_gives_without(name: str, kv_heads: int) -> None:
+    """With as many kv heads as heads, and with fewer; a prompt in chunks, then rows at positions of their own."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": kv_heads, "vocab_size": 40}
+    scaling = {"rope_type": name, **SCALINGS[name]}
+    plain = Transformer(ModelArgs(**sizes, rope_scaling=scaling, max_seq_len=64, max_batch_size=2)).requires_grad_(
+        False
+    )
+    for name, weight in plain.named_parameters():
+        weight.mul_(1 if "norm" in name else 10)
+    quick = compile_(speed_up_(copy.deepcopy(plain)), chunk=16, progress=False, backend="eager")
+    tokens = torch.randint(40, (2, 60))
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        for start, end in ((0, 16), (16, 37), (37, 38)):
+            expected = plain(tokens[:, start:end], start)
+            assert expected.abs().max() > 1
+            torch.testing.assert_close(quick(tokens[:, start:end], start), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            quick(tokens[:, 38:39], [38, 20]), plain(tokens[:, 38:39], [38, 20]), rtol=0, atol=1e-4
+        )
 
 
 def test_every_step_falls_into_a_shape_that_was_compiled() -> None:
