@@ -104,7 +104,8 @@ INT8 = Operator(_takes_int8, _contiguous, _int8, lambda packed: packed)
 
 def _takes_fbgemm(stored: Stored) -> bool:
     # Without VNNI, pairs of products are added in 16 bits, which overflow.
-    there = has("quantized::linear_dynamic", "cpu") and "fbgemm" in torch.backends.quantized.supported_engines
+    there = has("quantized::linear_dynamic", "cpu") and hasattr(torch, "_make_per_channel_quantized_tensor")
+    there = there and "fbgemm" in torch.backends.quantized.supported_engines
     return _device(stored) == "cpu" and there and torch.cpu._is_vnni_supported() and stored["codes"].shape[1] > 1
 
 
