@@ -7,7 +7,9 @@ with AVX512-BF16 by a fused kernel that wants an order of its own. It comes with
 
 from __future__ import annotations
 
+import ctypes
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -72,11 +74,26 @@ def _pack_cpu(stored: Stored) -> Packed:
 
 
 def _multiply_cpu(packed: Packed, x: Tensor) -> Tensor:
-    codes = packed["codes"]
-    shape = (len(codes), 2 * codes.shape[1])
-    own = packed["absmax"], packed["levels"], GROUP
-    out: Tensor = torch.ops.bitsandbytes.gemv_4bit(x.contiguous(), codes, shape, *own)
+    codes, absmax, kernel = packed["codes"], packed["absmax"], _kernel()
+    x, N, K = x.contiguous(), len(codes), 2 * codes.shape[1]
+    if kernel is None:
+        out: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, codes, (N, K), absmax, packed["levels"], GROUP)
+        return out
+    out = x.new_empty(len(x), N)
+    kernel(len(x), N, K, x.data_ptr(), codes.data_ptr(), absmax.data_ptr(), out.data_ptr(), GROUP, K, N)
     return out
+
+
+@cache
+def _kernel() -> Callable[..., None] | None:
+    """What the library's operator calls, without the Python around it, which takes longer than a small product. A
+    function of C can't be asked what it takes, so only of the version whose call is known; None for others."""
+    library = bitsandbytes()
+    if not library.__version__.startswith("0.50."):
+        return None
+    sizes, pointers = [ctypes.c_int64] * 3, [ctypes.c_void_p] * 4
+    kind = ctypes.CFUNCTYPE(None, *sizes, *pointers, *sizes)
+    return kind(("gemv_4bit_inference_cpu_nf4_bf16", library.cextension.lib._lib))
 
 
 def _unpack_cpu(packed: Packed) -> Stored:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,6 +302,35 @@ def test_processes_side_by_side_make_the_same(made: Path, tmp_path: Path) -> Non
             for folder in (made, tmp_path)
         )
         assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
+_PARENT = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from llama.longcontext.reproduce.cli import _settle_process
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), _settle_process, (Path(sys.argv[1]),)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_what_started_them(tmp_path: Path) -> None:
+    """Those of a killed command would go on writing into the folder in which the next one continues."""
+    (tmp_path / "parent.py").write_text(_PARENT)
+    command = [sys.executable, f"{tmp_path}/parent.py", f"{tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            parent.communicate(timeout=30)  # the pipe ends when the last of them does
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            pytest.fail("the worker was still there after 30 s")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.quantize import operators
+from llama.quantize import nf4, operators
 from llama.quantize.codes import MIDDLE, one_in_a_byte, two_in_a_byte
 from llama.quantize.operators import FEW, Stored, plain
 from llama.quantize.schemes import SCHEMES, Quantized, Scheme, scheme_of
@@ -315,6 +315,19 @@ def test_words() -> None:
         scheme_of("int8", 32)
 
 
+def test_nf4_kernel_is_what_the_librarys_operator_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    product = scheme("nf4").product(scheme("nf4").quantize(weights(96, 192)))
+    if is_plain(product) or nf4._kernel() is None:
+        pytest.skip("this CPU lacks AVX512-BF16, or bitsandbytes is not 0.50, whose kernel is called directly")
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 192).bfloat16()
+        own = product(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(nf4, "_kernel", lambda: None)
+            assert torch.equal(own, product(x))
+
+
 def test_nf4_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     from llama.quantize.nf4 import bitsandbytes
@@ -329,7 +342,7 @@ def test_nf4_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ELSEWHERE = """
 import torch
-from llama.quantize import operators
+from llama.quantize import nf4, operators
 from llama.quantize.schemes import scheme_of
 
 for word in ("int4:32", "int8", "int8-dynamic"):

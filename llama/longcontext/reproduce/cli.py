@@ -17,8 +17,9 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -311,7 +312,11 @@ def _side_by_side(work: Work, pool: ProcessPoolExecutor, processes: int, bar: tq
 
 
 def _settle_process(out: Path) -> None:
-    """One thread, and progress into a file: the bars of several processes would overwrite each other."""
+    """One thread, and progress into a file: the bars of several processes would overwrite each other. It ends with the
+    process that started it, however that does: two that write into one folder would spoil it."""
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     sys.stderr = open(out / "progress.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115  as long as the process
 
