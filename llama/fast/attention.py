@@ -3,12 +3,14 @@
 PyTorch's fused kernel is made for many queries and pays for it with one: in bfloat16 on a CPU, a decode step against a
 long cache takes it several times as long as two products and a softmax, though one against a short cache less
 (docs/LOG.md). For a prompt, queries are taken in blocks, each with the slots up to its own end, so that half of the
-scores that a mask would hide are never made; blocks are as large as a fixed amount of scores allows, so memory does not
-grow with the prompt. Query heads that share a kv head are rows of one product: keys and values are read where they lie,
-once.
+scores that a mask would hide are never made; and of so many heads at a time that their scores stay in a processor's
+cache, so memory does not grow with the prompt. Query heads that share a kv head are rows of one product: keys and
+values are read where they lie, once.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,10 @@ from torch import Tensor
 from llama.cache import Span
 from llama.model import scaled_dot_product
 
-SCORES = 1 << 24
-"""Scores that a block may have, of all heads and rows, as long as it has 16 queries: 32 MB in bfloat16."""
+SCORES = 1 << 23
+"""Scores that are made at a time, as long as they are those of 16 queries of a kv head: 16 MB in bfloat16."""
 BLOCK = 256
-"""Queries that it has at most: more make more scores in vain."""
+"""Queries of a block at most: more make more scores in vain, fewer make the products slow."""
 SHORT = 1 << 13
 """Slots of all rows' kv heads up to which, for one query on a CPU, the fused kernel is faster after all."""
 
@@ -45,8 +47,7 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
         mask = None if mask is None else mask.type_as(grouped)
         return F.scaled_dot_product_attention(grouped, keys, values, mask).type_as(q).view(B, H, 1, D)
     grouped = q.reshape(B * K, -1, D)  # (B * K, H / K, D)
-    # Keys first: with few queries PyTorch multiplies so several times faster where rows are slices of a longer cache.
-    scores = _scores(keys.flatten(0, 1), grouped).transpose(1, 2)  # (B * K, H / K, S)
+    scores = _scores(grouped, keys.flatten(0, 1), keys_first=True)  # (B * K, H / K, S)
     if mask is not None:
         scores = (scores.reshape(B, H, 1, -1) + mask).view_as(scores)
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(B, H, 1, D)
@@ -55,22 +56,32 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
 def _prefill(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
     """T queries a row from position `start` on, each of which sees the slots up to its own."""
     B, H, T, D = q.shape
-    K = keys.shape[1]
     k, v = keys.flatten(0, 1), values.flatten(0, 1)  # (B * K, S, D)
-    size = min(BLOCK, max(16, SCORES // (B * H * k.shape[1])))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grouped = q.reshape(len(k), -1, T, D)  # (B * K, H / K, T, D)
+    group = grouped.shape[1]
+    out = torch.empty_like(grouped, memory_format=torch.contiguous_format)
+    size = min(BLOCK, max(16, SCORES // (group * k.shape[1])))
     for first in range(0, T, size):
         last = min(first + size, T)
         end = start + last
-        block = q[:, :, first:last].reshape(B * K, -1, D)  # (B * K, H / K * block, D)
-        scores = _scores(block, k[:, :end])
         hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu_(1)
-        own = scores.view(B * H, last - first, end)[:, :, start + first :]  # the block's own slots
-        own.masked_fill_(hidden, -torch.inf)
-        out[:, :, first:last] = torch.bmm(scores.softmax(-1), v[:, :end]).view(B, H, last - first, D)
-    return out
+        heads = max(1, SCORES // (group * (last - first) * end))
+        for head in range(0, len(k), heads):
+            here = slice(head, head + heads)
+            scores = _scores(grouped[here, :, first:last].flatten(1, 2), k[here, :end])
+            own = scores.view(-1, last - first, end)[:, :, start + first :]  # the block's own slots
+            own.masked_fill_(hidden, -torch.inf)
+            out[here, :, first:last] = torch.bmm(scores.softmax(-1), v[here, :end]).view(-1, group, last - first, D)
+    return out.view(B, H, T, D)
 
 
-def _scores(q: Tensor, keys: Tensor) -> Tensor:
-    """q·k / sqrt(D): (N, R, D) and (N, S, D) to (N, R, S)."""
-    return torch.bmm(q, keys.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+def _scores(q: Tensor, keys: Tensor, keys_first: bool = False) -> Tensor:
+    """q·k / sqrt(D): (N, R, D) and (N, S, D) to (N, R, S). Where the root is a power of 2, the queries are divided
+    instead of the scores: it is exact, and they are fewer. `keys_first`: with few queries PyTorch multiplies so several
+    times faster where rows are slices of a longer cache."""
+    scale = q.shape[-1] ** -0.5
+    exact = math.frexp(scale)[0] == 0.5
+    if exact:
+        q = q * scale
+    scores = torch.bmm(keys, q.mT).mT if keys_first else torch.bmm(q, keys.mT)
+    return scores if exact else scores.mul_(scale)

@@ -43,11 +43,12 @@ def read(model: Transformer, steps: Sequence[tuple[Tensor, int | list[int]]]) ->
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("scores", [attention.SCORES, 1])
+@pytest.mark.parametrize("scores", [attention.SCORES, 7000, 1])
 def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
     sizes: dict[str, int], scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where attention goes in blocks of 16 queries, and with rows at positions of their own."""
+    """Also where attention takes a few heads at a time (five of twelve), or one and 16 queries of it, and with rows at
+    positions of their own."""
     monkeypatch.setattr(attention, "SCORES", scores)
     plain, fast = twins(**sizes)
     tokens = torch.randint(97, (3, 80), generator=torch.Generator().manual_seed(1))
