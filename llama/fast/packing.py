@@ -4,8 +4,6 @@ A decode step multiplies one row by every weight of the model, so it takes as lo
 PyTorch's `F.linear` on a CPU reads a plain bfloat16 matrix at less than half of what the memory gives; the same library
 (oneDNN) comes close to all of it on a matrix that was *reordered* once, into the blocks that its kernels walk through.
 The reordering operator is private to PyTorch (it is there for its compiler), so it is used here alone.
-
-A small matrix is multiplied before oneDNN has begun (12 µs a call), so for few rows there is a plain one as well.
 """
 
 from __future__ import annotations
@@ -24,9 +22,6 @@ from llama.parallel import ColumnParallelLinear, RowParallelLinear
 Product = Callable[[Tensor], Tensor]
 """x (..., in) to (..., out)."""
 Linear = ColumnParallelLinear | RowParallelLinear
-SMALL = 1 << 18
-"""Weights up to which a plain product in float32 is faster than oneDNN's, for at most FEW rows (docs/LOG.md)."""
-FEW = 4
 
 
 def packed(weight: Tensor) -> Product:
@@ -41,19 +36,7 @@ def packed(weight: Tensor) -> Product:
         out: Tensor = multiply(x, reordered, None, "none", [], "")
         return out
 
-    return _or_plain(weight, product) if weight.numel() <= SMALL else product
-
-
-def _or_plain(weight: Tensor, product: Product) -> Product:
-    columns = weight.float().t().contiguous()
-
-    def either(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > FEW:
-            return product(x)
-        return torch.mm(rows.float(), columns).type_as(x).view(*x.shape[:-1], -1)
-
-    return either
+    return product
 
 
 def _can_reorder() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
 from llama.cache import Span
-from llama.fast import attention, packing, speed_up_
+from llama.fast import attention, speed_up_
 from llama.fast.block import FusedNorm, Turn
 from llama.fast.packing import packed
 from llama.model import RMSNorm
@@ -90,11 +90,7 @@ def test_the_text_is_the_same(tiny_llama: Llama) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("small", [0, packing.SMALL])
-def test_a_packed_product_is_the_product(
-    dtype: torch.dtype, rows: int, small: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing, "SMALL", small)
+def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
     g = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=g).to(dtype) for size in ((33, 40), (2, rows, 40)))
     exact = x.double() @ weight.double().T

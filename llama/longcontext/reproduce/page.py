@@ -87,7 +87,8 @@ figure, for with as few as the model has, every curve is all waves. The fine-tun
 
 ## What this does not say
 
-A model of this size learns to find keys because half of what it reads are texts with keys. The prompts are of
+A model of this size learns to find keys because half of what it reads are texts with keys, and how well depends on the
+seed: table 17 has the lowest and the highest. The prompts are of
 held-out functions; their number is small at short lengths, so samples resemble each other more than their intervals
 know. Depth 0.2 of {base_length} tokens is the nearest place between two functions. Lengths beyond the base's need not
 fail at once: a spectrum whose slowest pairs have all come round in training goes on for a while.
