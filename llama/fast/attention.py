@@ -2,10 +2,10 @@
 
 PyTorch's fused kernel is made for many queries and pays for it with one: in bfloat16 on a CPU, a decode step against a
 long cache takes it several times as long as two products and a softmax, though one against a short cache less
-(docs/LOG.md). For a prompt, queries are taken in blocks, each with the slots up to its own end, so that half of the
-scores that a mask would hide are never made; and of so many heads at a time that their scores stay in a processor's
-cache, so memory does not grow with the prompt. Query heads that share a kv head are rows of one product: keys and
-values are read where they lie, once.
+(docs/LOG.md). For a prompt in bfloat16, queries are taken in blocks, each with the slots up to its own end, so that
+half of the scores that a mask would hide are never made; and of so many heads at a time that their scores stay in a
+processor's cache, so memory does not grow with the prompt. Query heads that share a kv head are rows of one product:
+keys and values are read where they lie, once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ SCORES = 1 << 23
 """Scores that are made at a time, as long as they are those of 16 queries of a kv head: 16 MB in bfloat16."""
 BLOCK = 256
 """Queries of a block at most: more make more scores in vain, fewer make the products slow."""
+BLOCKED = (torch.bfloat16,)
+"""In what a prompt is read so on a CPU; in float32, and on a GPU, PyTorch's fused kernel is faster (docs/LOG.md)."""
 SHORT = 1 << 13
 """Slots of all rows' kv heads up to which, for one query on a CPU, the fused kernel is faster after all."""
 
@@ -32,8 +34,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
     if span.start is None:  # rows at positions of their own
         return _decode(q, keys, values, span.mask) if q.shape[2] == 1 else scaled_dot_product(q, keys, values, span)
     end = span.start + q.shape[2]
-    keys, values = keys[:, :, :end], values[:, :, :end]
-    return _decode(q, keys, values, None) if q.shape[2] == 1 else _prefill(q, keys, values, span.start)
+    if q.shape[2] == 1:
+        return _decode(q, keys[:, :, :end], values[:, :, :end], None)
+    if q.is_cpu and q.dtype in BLOCKED:
+        return _prefill(q, keys[:, :, :end], values[:, :, :end], span.start)
+    return scaled_dot_product(q, keys, values, span)
 
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

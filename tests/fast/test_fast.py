@@ -43,13 +43,15 @@ def read(model: Transformer, steps: Sequence[tuple[Tensor, int | list[int]]]) ->
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("scores", [attention.SCORES, 7000, 1])
+@pytest.mark.parametrize("scores", [None, attention.SCORES, 7000, 1])
 def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
-    sizes: dict[str, int], scores: int, monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, int], scores: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where attention takes a few heads at a time (five of twelve), or one and 16 queries of it, and with rows at
-    positions of their own."""
-    monkeypatch.setattr(attention, "SCORES", scores)
+    """Also where attention goes in blocks, as in bfloat16: of a few heads at a time (five of twelve), or one and 16
+    queries of it; and with rows at positions of their own."""
+    if scores is not None:
+        monkeypatch.setattr(attention, "BLOCKED", (torch.float32,))
+        monkeypatch.setattr(attention, "SCORES", scores)
     plain, fast = twins(**sizes)
     tokens = torch.randint(97, (3, 80), generator=torch.Generator().manual_seed(1))
     steps: list[tuple[Tensor, int | list[int]]] = [(tokens[:, :37], 0), (tokens[:, 37:60], 37), (tokens[:, 60:61], 60)]
@@ -60,6 +62,7 @@ def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
 
 
 def test_whole_sequences_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCKED", (torch.float32,))
     monkeypatch.setattr(attention, "BLOCK", 7)
     plain, fast = twins(n_heads=4, n_kv_heads=2)
     tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(1))
@@ -161,8 +164,8 @@ def test_prefill_makes_no_more_scores_than_it_may() -> None:
         made.append(out.numel())
         return out
 
-    q, k = torch.randn(1, 4, 512, 8), torch.randn(1, 2, 2048, 8)
-    span = Span(torch.arange(1536, 2048)[None], 2048, 1536, torch.float32)
+    q, k = torch.randn(1, 4, 512, 8).bfloat16(), torch.randn(1, 2, 2048, 8).bfloat16()
+    span = Span(torch.arange(1536, 2048)[None], 2048, 1536, torch.bfloat16)
     attention._scores, attention.SCORES, before = counted, 1 << 18, attention.SCORES
     try:
         attention.attend(q, k, k, span)
