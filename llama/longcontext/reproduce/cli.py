@@ -311,12 +311,17 @@ def _side_by_side(work: Work, pool: ProcessPoolExecutor, processes: int, bar: tq
     return whole
 
 
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _settle_process(out: Path) -> None:
     """One thread, and progress into a file: the bars of several processes would overwrite each other. It ends with the
     process that started it, however that does: two that write into one folder would spoil it."""
-    parent = parent_process()
-    assert parent is not None
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     sys.stderr = open(out / "progress.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115  as long as the process
 
