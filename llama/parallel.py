@@ -264,13 +264,16 @@ class RowParallelLinear(layers.RowParallelLinear):  # type: ignore[misc]
         self.weight = _weight(out_features, in_features, cut=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        part: Tensor = self.product(x)
+        return self.total(self.product(x))
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of the ranks' parts."""
         if torch.compiler.is_compiling() and self.ranks > 1:
-            # The same sum; fairscale's marks its input as changed, which a compiler can't follow.
-            part = all_reduce(part, "sum", groups.get_model_parallel_group())
-        elif self.ranks > 1:
-            part = mappings.reduce_from_model_parallel_region(part)
-        return part
+            # fairscale's sum marks its input as changed, which a compiler can't follow.
+            whole: Tensor = all_reduce(part, "sum", groups.get_model_parallel_group())
+        else:
+            whole = mappings.reduce_from_model_parallel_region(part) if self.ranks > 1 else part
+        return whole
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

@@ -5,11 +5,27 @@ from llama import Llama
 llama = Llama.build(fast=True)
 """
 
-from llama.fast.block import speed_up_
+from llama.fast.block import FusedBlock, FusedNorm, Turn
 from llama.fast.compiled import compile_
-from llama.model import Transformer
+from llama.fast.packing import join, put_
+from llama.fast.step import put_steps_
+from llama.model import Transformer, TransformerBlock
 
 __all__ = ["compile_", "prepare_", "speed_up_"]
+
+
+def speed_up_(model: Transformer) -> Transformer:
+    """Puts a `FusedBlock` in the place of each block, one after the other, so that no second copy of the weights is
+    ever whole, and takes steps of a few tokens in one call where there are kernels for them; for inference only. A model
+    may be quantised before, not after."""
+    turn = Turn()
+    for i, block in enumerate(model.layers):
+        assert isinstance(block, TransformerBlock), "a model is made fast once"
+        model.layers[i] = FusedBlock(block, model.args.n_heads // model.output.ranks, turn)
+    put_(model.output, join([model.output]))
+    put_steps_(model)
+    model.norm.forward = FusedNorm(model.norm)  # type: ignore[method-assign]
+    return model
 
 
 def prepare_(model: Transformer, chunk: int, fast: bool, compile: bool, progress: bool) -> None:

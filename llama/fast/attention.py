@@ -17,21 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.cache import Span
+from llama.kernels.matrix import multiplies_bfloat16
 from llama.model import scaled_dot_product
 
 SCORES = 1 << 23
 """Scores that are made at a time, as long as they are those of 16 queries of a kv head: 16 MB in bfloat16."""
 BLOCK = 256
 """Queries of a block at most: more make more scores in vain, fewer make the products slow."""
-BLOCKED = (torch.bfloat16,)
-"""In what a prompt is read so on a CPU. In float32 PyTorch's fused kernel is faster there (docs/LOG.md), and a GPU's,
-which makes no scores in memory, is taken unmeasured."""
+BLOCKED = (torch.bfloat16,) if multiplies_bfloat16() else ()
+"""In what a prompt is read so on a CPU. In float32, and where the processor doesn't multiply in bfloat16, PyTorch's fused
+kernel is faster there (docs/LOG.md), and a GPU's, which makes no scores in memory, is taken unmeasured."""
 SHORT = 1 << 13
 """Slots of all rows' kv heads up to which, for one query on a CPU, the fused kernel is faster after all."""
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
     """softmax(q·k / sqrt(D))·v: q (B, H, T, D), keys and values (B, K, S, D) to (B, H, T, D)."""
+    if q.is_cpu and q.dtype == torch.bfloat16 and not multiplies_bfloat16():  # plain products would take minutes
+        return scaled_dot_product(q, keys, values, span)
     if span.start is None:  # rows at positions of their own
         return _decode(q, keys, values, span.mask) if q.shape[2] == 1 else scaled_dot_product(q, keys, values, span)
     end = span.start + q.shape[2]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llama.cache import Span
 from llama.fast.attention import attend
 from llama.fast.packing import Product, join, put_
-from llama.model import Attend, Extend, RMSNorm, Transformer, TransformerBlock
+from llama.model import Attend, Extend, RMSNorm, TransformerBlock
 from llama.parallel import RowParallelLinear
 
 
@@ -67,7 +67,7 @@ class Turn:
         return self._factors
 
 
-def _summed(linear: RowParallelLinear) -> Product:
+def _summed(linear: RowParallelLinear) -> Product | RowParallelLinear:
     """The layer itself, which sums over the ranks, or what there is to it in one process."""
     put_(linear, join([linear]))
     return linear if linear.ranks > 1 else linear.product
@@ -77,8 +77,9 @@ class FusedNorm:
     """RMSNorm. Of x and -x together the mean is 0 and the variance is the mean square of x, so on a CPU it is half of
     a layer norm, for which PyTorch has a kernel there; of RMSNorm itself it makes eight steps."""
 
-    def __init__(self, norm: RMSNorm) -> None:
-        self.weight, self.eps = norm.weight.detach(), norm.eps
+    def __init__(self, norm: RMSNorm, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is that of what is normalised, if it is not the weight's."""
+        self.weight, self.eps = norm.weight.detach().to(dtype), norm.eps
         self.both = torch.cat((self.weight, self.weight))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,15 +88,3 @@ class FusedNorm:
         if not x.is_cpu or torch.compiler.is_compiling():
             return F.rms_norm(x, (dim,), self.weight, self.eps)
         return F.layer_norm(torch.cat((x, -x), -1), (2 * dim,), self.both, None, self.eps).narrow(-1, 0, dim)
-
-
-def speed_up_(model: Transformer) -> Transformer:
-    """Puts a `FusedBlock` in the place of each block, one after the other, so that no second copy of the weights is
-    ever whole; for inference only. A model may be quantised before, not after."""
-    turn = Turn()
-    for i, block in enumerate(model.layers):
-        assert isinstance(block, TransformerBlock), "a model is made fast once"
-        model.layers[i] = FusedBlock(block, model.args.n_heads // model.output.ranks, turn)
-    model.norm.forward = FusedNorm(model.norm)  # type: ignore[method-assign]
-    put_(model.output, join([model.output]))
-    return model

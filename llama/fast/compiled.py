@@ -103,8 +103,9 @@ def compile_(model: Transformer, chunk: int = 512, progress: bool = True, **comp
     shapes = list(made.shapes())
     if device.type == "cpu":
         close_(model)
-        with torch.inference_mode():
-            model.logits(made.plain(torch.zeros(1, 1, dtype=torch.int64), 0, made.cache))
+        with torch.inference_mode():  # what is closed learns how wide it is
+            nothing = torch.zeros(1, 1, dtype=torch.int64)
+            model.logits(made._step(nothing, nothing, made.slots[0]))
     # torch.compile counts the shapes of a function, and by default gives up after eight.
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=len(shapes) + 8):
         for rows, size, slots in tqdm(shapes, desc="compiling", unit="shape", disable=not progress, leave=False):

@@ -1,9 +1,10 @@
-"""Matrices laid out for the way they are read.
+"""Matrices read the way that is fastest here, and one product for those that read the same vector.
 
 A decode step multiplies one row by every weight of the model, so it takes as long as the weights take to be read.
-PyTorch's `F.linear` on a CPU reads a plain bfloat16 matrix at less than half of what the memory gives; the same library
-(oneDNN) comes close to all of it on a matrix that was *reordered* once, into the blocks that its kernels walk through.
-The reordering operator is private to PyTorch (it is there for its compiler), so it is used here alone.
+PyTorch's `F.linear` on a CPU reads a plain bfloat16 matrix at less than half of what the memory gives, or, where the
+processor doesn't know bfloat16, a third. The kernels of llama/kernels read it as it lies, at the speed of memory. Where
+there is no compiler to make them, a matrix is laid out once in the blocks that oneDNN's kernels walk through; the
+operator that does it is private to PyTorch, so it is used here alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.kernels.library import available
+from llama.kernels.matrix import PLAIN, Matrix
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
 Product = Callable[[Tensor], Tensor]
@@ -25,9 +28,11 @@ Linear = ColumnParallelLinear | RowParallelLinear
 
 
 def packed(weight: Tensor) -> Product:
-    """x to x·weightᵀ, for a weight (out, in); its own storage is not needed any more. Plain where it can't be better:
-    on a GPU, in a dtype that oneDNN doesn't pack, or in a PyTorch without the operator."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not _can_reorder():
+    """x to x·weightᵀ, for a weight (out, in): by the kernels, by oneDNN, which keeps a copy of its own, or plain where
+    it can't be better: on a GPU, and in a dtype that neither takes."""
+    if weight.device.type == "cpu" and weight.dtype in PLAIN and available():
+        return Matrix.of(weight)
+    if weight.device.type != "cpu" or not _can_reorder(weight.dtype):
         return lambda x: F.linear(x, weight)
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -39,9 +44,17 @@ def packed(weight: Tensor) -> Product:
     return product
 
 
-def _can_reorder() -> bool:
+def _can_reorder(dtype: torch.dtype) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if not available or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def matrix_of(product: Product) -> Matrix | None:
+    """What the kernels can read of a product: its weight, if they multiply by it."""
+    found = product if isinstance(product, Matrix) else getattr(product, "matrix", None)
+    return found if isinstance(found, Matrix) else None
 
 
 class Joinable(Protocol):

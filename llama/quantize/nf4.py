@@ -1,15 +1,14 @@
 """nf4, the 4 bits of QLoRA (arXiv 2305.14314, section 3), through bitsandbytes.
 
 Its 16 levels are fixed, quantiles of a normal distribution, since weights are nearly normal; 64 neighbours share their
-largest absolute value, by which the levels are multiplied. The library makes the codes and multiplies by them; on a CPU
-with AVX512-BF16 by a fused kernel that wants an order of its own. It comes with `pip install 'codellama[bnb]'`.
+largest absolute value, by which the levels are multiplied. The library makes the codes. On a CPU the kernels of
+llama/kernels multiply by them; where there are none, and with AVX512-BF16, the library's own, which wants an order of
+its own. It comes with `pip install 'codellama[bnb]'`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.quantize.codes import two_in_a_byte
-from llama.quantize.operators import Operator, Packed, Stored
+from llama.quantize.operators import NF4_KERNEL, Operator, Packed, Stored
 
 GROUP = 64
 """Weights that share a largest absolute value: the library's default."""
@@ -74,26 +73,10 @@ def _pack_cpu(stored: Stored) -> Packed:
 
 
 def _multiply_cpu(packed: Packed, x: Tensor) -> Tensor:
-    codes, absmax, kernel = packed["codes"], packed["absmax"], _kernel()
-    x, N, K = x.contiguous(), len(codes), 2 * codes.shape[1]
-    if kernel is None:
-        out: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, codes, (N, K), absmax, packed["levels"], GROUP)
-        return out
-    out = x.new_empty(len(x), N)
-    kernel(len(x), N, K, x.data_ptr(), codes.data_ptr(), absmax.data_ptr(), out.data_ptr(), GROUP, K, N)
+    codes, absmax = packed["codes"], packed["absmax"]
+    shape = (len(codes), 2 * codes.shape[1])
+    out: Tensor = torch.ops.bitsandbytes.gemv_4bit(x.contiguous(), codes, shape, absmax, packed["levels"], GROUP)
     return out
-
-
-@cache
-def _kernel() -> Callable[..., None] | None:
-    """What the library's operator calls, without the Python around it, which takes longer than a small product. A
-    function of C can't be asked what it takes, so only of the version whose call is known; None for others."""
-    library = bitsandbytes()
-    if not library.__version__.startswith("0.50."):
-        return None
-    sizes, pointers = [ctypes.c_int64] * 3, [ctypes.c_void_p] * 4
-    kind = ctypes.CFUNCTYPE(None, *sizes, *pointers, *sizes)
-    return kind(("gemv_4bit_inference_cpu_nf4_bf16", library.cextension.lib._lib))
 
 
 def _unpack_cpu(packed: Packed) -> Stored:
@@ -114,7 +97,9 @@ def _multiply_cuda(packed: Packed, x: Tensor) -> Tensor:
 
 
 OPERATORS = (
+    NF4_KERNEL,
     Operator(_takes_cpu, _pack_cpu, _multiply_cpu, _unpack_cpu),
     Operator(_takes_cuda, lambda stored: stored, _multiply_cuda, lambda packed: packed, None),
 )
-"""Those of a CPU with AVX512-BF16 and of CUDA (written from its documentation, not run on such a card yet)."""
+"""The kernels, the library's own for a CPU with AVX512-BF16, and its own for CUDA (written from its documentation, not
+run on such a card yet)."""

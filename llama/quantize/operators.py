@@ -7,7 +7,9 @@ may change or vanish; where one does, or a shape is not one it takes, `plain` mu
 
 Decoding one token reads every weight to multiply it by one row: then the bytes read are what takes the time, and fewer
 bits are faster. A prompt's many rows are limited by arithmetic instead. Above FEW rows the operators made for a
-few of them are slower than an ordinary product by weights that were dequantised for it: that is where to tune.
+few of them are slower than an ordinary product by weights that were dequantised for it: that is where to tune. On a CPU
+the kernels of llama/kernels come first, which read the stored tensors as they are; PyTorch's stand in where there is no
+compiler to make them.
 
 N is the rows of a weight (outputs), K its columns (inputs).
 """
@@ -24,6 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.kernels.library import available
+from llama.kernels.matrix import INT4 as KIND_INT4
+from llama.kernels.matrix import INT8 as KIND_INT8
+from llama.kernels.matrix import NF4 as KIND_NF4
+from llama.kernels.matrix import Matrix
 from llama.quantize.codes import MIDDLE, one_in_a_byte, two_in_a_byte
 
 Stored = dict[str, Tensor]
@@ -35,8 +42,6 @@ Decode = Callable[[Stored], Tensor]
 
 FEW = 16
 """Rows up to which the operators for a few rows are used on a CPU."""
-LARGE, WIDE = 1 << 22, 1 << 10
-"""Weights, and columns of them, from which two products of 8 bits pay for what they need around them (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,47 @@ def has(operator: str, device: str) -> bool:
 
 def _device(stored: Stored) -> str:
     return stored["codes"].device.type
+
+
+# The kernels: every scheme's stored tensors as they lie, float32 arithmetic -------------------------------------------
+
+
+def _takes_kernels(stored: Stored) -> bool:
+    return _device(stored) == "cpu" and available()
+
+
+def of_kernels(kind: int, *numbers: str) -> Operator:
+    """Multiplying by codes of a kind of llama/kernels, and by a group's `numbers`: its scale and zero point."""
+
+    def pack(stored: Stored) -> Packed:
+        columns = stored["codes"].shape[1] * (1 if kind == KIND_INT8 else 2)
+        return {"matrix": Matrix(kind, stored["codes"], columns, *(stored[key] for key in numbers))}
+
+    def unpack(packed: Packed) -> Stored:
+        matrix = packed["matrix"]
+        return dict(zip(("codes", *numbers), (matrix.codes, matrix.scale, matrix.zero), strict=False))
+
+    return Operator(_takes_kernels, pack, lambda packed, x: packed["matrix"](x), unpack, None)
+
+
+INT8_KERNEL, INT4_KERNEL = of_kernels(KIND_INT8, "scale"), of_kernels(KIND_INT4, "scale", "zero")
+NF4_KERNEL = of_kernels(KIND_NF4, "absmax")
+
+
+def _rounded(packed: Packed, x: Tensor) -> Tensor:
+    codes, scale = _rows_to_int8(x)
+    out: Tensor = packed["whole"](codes).mul_(scale)
+    return out.to(x.dtype)
+
+
+INT8_ROUNDED = Operator(
+    _takes_kernels,
+    lambda stored: {"whole": INT8_KERNEL.pack(stored)["matrix"]},
+    _rounded,
+    lambda packed: INT8_KERNEL.unpack({"matrix": packed["whole"]}),
+    None,
+)
+"""The same with activations in 8 bits, for a processor without instructions for them: whole numbers, as floats."""
 
 
 # int8: codes times scales, bfloat16 activations ----------------------------------------------------------------------
@@ -142,17 +188,6 @@ def _fbgemm(packed: Packed, x: Tensor) -> Tensor:
     return out[: len(x)].mul_(scale).to(x.dtype)
 
 
-def _fbgemm_twice(packed: Packed, x: Tensor) -> Tensor:
-    """Activations in 16 bits: whole numbers up to 127, and what is left of them in 254ths, as rows of one product.
-    bfloat16, in which they come, has 8 bits and a place for the point."""
-    wide, M = x.float(), len(x)
-    scale = _scale_of_rows(wide)
-    exact = wide / scale
-    whole = exact.round()
-    out = _multiply_fbgemm(packed, torch.cat((whole, (exact - whole).mul_(254), packed["unit"])))
-    return torch.add(out[:M], out[M : 2 * M], alpha=1 / 254).mul_(scale).to(x.dtype)
-
-
 def _scale_of_rows(wide: Tensor) -> Tensor:
     return wide.abs().amax(1, keepdim=True).clamp_min_(1e-30).mul_(1 / 127)
 
@@ -162,13 +197,7 @@ def _multiply_fbgemm(packed: Packed, wide: Tensor) -> Tensor:
     return out
 
 
-def _takes_fbgemm_twice(stored: Stored) -> bool:
-    N, K = stored["codes"].shape
-    return N * K >= LARGE and K >= WIDE and _takes_fbgemm(stored)
-
-
 FBGEMM = Operator(_takes_fbgemm, _pack_fbgemm, _fbgemm, _unpack_fbgemm, None)
-FBGEMM_TWICE = Operator(_takes_fbgemm_twice, _pack_fbgemm, _fbgemm_twice, _unpack_fbgemm, None)
 
 
 def _rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,9 +348,9 @@ def _unpack_int4_cuda(group: int, packed: Packed) -> Stored:
 
 
 def int4(group: int) -> tuple[Operator, ...]:
-    """Those of a CPU and of CUDA (8.0 and later; written from its documentation, not run on such a card yet)."""
+    """Those of CPUs and of CUDA (8.0 and later; written from its documentation, not run on such a card yet)."""
     on_cpu = Operator(partial(_takes_int4_cpu, group), _pack_int4_cpu, partial(_int4_cpu, group), _unpack_int4_cpu)
     on_cuda = Operator(
         partial(_takes_int4_cuda, group), _pack_int4_cuda, partial(_int4_cuda, group), partial(_unpack_int4_cuda, group)
     )
-    return on_cpu, on_cuda
+    return INT4_KERNEL, on_cpu, on_cuda

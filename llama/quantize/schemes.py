@@ -7,23 +7,24 @@ both sides of a cut between columns. With 4 bits, the output layer is int8.
 
 | scheme | stored | bits a weight | arithmetic |
 |---|---|---|---|
-| int8 | codes int8 (N, K), scale bfloat16 (N, 1) | 8 + 16/K | bfloat16 |
+| int8 | codes int8 (N, K), scale bfloat16 (N, 1) | 8 + 16/K | float32, or bfloat16 |
 | int8-dynamic | the same | 8 + 16/K | whole numbers; the activations of each token are rounded to 8 bits too |
-| int4 | codes (N, K/2), scale and zero bfloat16 (N, K/group) | 4 + 32/group | bfloat16 |
-| nf4 | codes (N, K/2), absmax bfloat16 (N, K/64) | 4.25 | bfloat16 |
+| int4 | codes (N, K/2), scale and zero bfloat16 (N, K/group) | 4 + 32/group | float32, or bfloat16 |
+| nf4 | codes (N, K/2), absmax bfloat16 (N, K/64) | 4.25 | float32, or bfloat16 |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.quantize import nf4
 from llama.quantize.codes import from_int4, from_int8, to_int4, to_int8
-from llama.quantize.operators import FBGEMM, FBGEMM_TWICE, INT8, INT_MM, Operator, Stored, int4, plain
+from llama.quantize.operators import FBGEMM, INT8, INT8_KERNEL, INT8_ROUNDED, INT_MM, Operator, Stored, int4, plain
 
 AT_ONCE = 2**18
 """About so many weights are quantised together: in float32 they stay in a processor's cache while they are searched."""
@@ -162,6 +163,11 @@ class Quantized:
         return Quantized(self.scheme, {key: torch.cat([stored[key] for stored in every]) for key in every[0]})
 
     @property
+    def matrix(self) -> Any:
+        """The `llama.kernels.matrix.Matrix` that it multiplies by, or None where it doesn't."""
+        return self._packed.get("matrix")
+
+    @property
     def stored(self) -> Stored:
         """The stored tensors, bit by bit. Some of them may be this product's own: don't write into them."""
         return self.operator.unpack(self._packed)
@@ -179,8 +185,8 @@ _OF_INT8 = ("codes", "scale")
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8", "int8", _OF_INT8, 0, (0,), _int8, from_int8, lambda _: (FBGEMM_TWICE, INT8)),
-        Scheme("int8-dynamic", "int8", _OF_INT8, 0, (0,), _int8, from_int8, lambda _: (FBGEMM, INT_MM)),
+        Scheme("int8", "int8", _OF_INT8, 0, (0,), _int8, from_int8, lambda _: (INT8_KERNEL, INT8)),
+        Scheme("int8-dynamic", "int8", _OF_INT8, 0, (0,), _int8, from_int8, lambda _: (FBGEMM, INT_MM, INT8_ROUNDED)),
         Scheme("int4", "int4", ("codes", "scale", "zero"), 32, (32, 64, 128), to_int4, from_int4, int4),
         Scheme("nf4", "nf4", ("codes", "absmax"), nf4.GROUP, (nf4.GROUP,), _nf4, nf4.from_nf4, lambda _: nf4.OPERATORS),
     )

@@ -23,13 +23,22 @@ SHAPES = {
     "heads": {"n_heads": 4, "n_kv_heads": 4},
     "grouped": {"n_heads": 8, "n_kv_heads": 2},
     "one kv head": {"n_heads": 4, "n_kv_heads": 1},
+    "small heads": {"n_heads": 16, "n_kv_heads": 8},
 }
+
+
+@pytest.fixture(params=["kernels", "operators"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With a step as one call of llama/kernels, and by what stands in where no compiler is."""
+    if request.param == "operators":
+        monkeypatch.setattr("llama.fast.packing.available", lambda: False)
+    return str(request.param)
 
 
 def twins(dtype: torch.dtype = torch.float32, **sizes: int) -> tuple[Transformer, Transformer]:
     """A plain model and a fast one of the same random weights, large enough that no score is near 0."""
     torch.manual_seed(0)
-    model = Transformer(ModelArgs(dim=64, n_layers=3, vocab_size=97, max_seq_len=96, max_batch_size=3, **sizes))
+    model = Transformer(ModelArgs(dim=256, n_layers=3, vocab_size=97, max_seq_len=96, max_batch_size=3, **sizes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else weight * 8)
@@ -42,6 +51,7 @@ def read(model: Transformer, steps: Sequence[tuple[Tensor, int | list[int]]]) ->
         return [model(tokens, start) for tokens, start in steps]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("scores", [None, attention.SCORES, 7000, 1])
 def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
@@ -70,6 +80,7 @@ def test_whole_sequences_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(fast(tokens), plain(tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_bfloat16_is_as_near_to_float32_as_the_plain_model_in_bfloat16() -> None:
     exact, _ = twins(n_heads=4, n_kv_heads=2)
     plain, fast = twins(torch.bfloat16, n_heads=4, n_kv_heads=2)
@@ -80,6 +91,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_model_in_bfloat16() -> None
     assert 0 < errors[1] < 1.5 * errors[0]
 
 
+@pytest.mark.usefixtures("way")
 def test_the_text_is_the_same(tiny_llama: Llama) -> None:
     """Ragged prompts, rows that leave, guesses that are read along: 200 tokens of each."""
     prompts = ["def f(x):\n", "x", "import os\n\n\ndef read(path):\n    return"]
@@ -91,9 +103,13 @@ def test_the_text_is_the_same(tiny_llama: Llama) -> None:
     assert [r["generation"] for r in guessing.text_completion(prompts, **args)] == expected
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "operators"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
+def test_a_packed_product_is_the_product(
+    dtype: torch.dtype, rows: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.fast.packing.available", lambda: kernels)
     g = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=g).to(dtype) for size in ((33, 40), (2, rows, 40)))
     exact = x.double() @ weight.double().T
@@ -108,7 +124,8 @@ def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_without_the_private_operator_a_product_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama.fast.packing._can_reorder", lambda: False)
+    monkeypatch.setattr("llama.fast.packing.available", lambda: False)
+    monkeypatch.setattr("llama.fast.packing._can_reorder", lambda dtype: False)
     weight, x = torch.randn(5, 4), torch.randn(3, 4)
     assert torch.equal(packed(weight)(x), F.linear(x, weight))
 
@@ -154,7 +171,7 @@ def test_the_norm_of_twice_as_many_is_rms_norm(dtype: torch.dtype, size: float) 
     torch.testing.assert_close(found.double(), expected, rtol=2e-6 if dtype == torch.float32 else 2**-8, atol=1e-6)
 
 
-def test_prefill_makes_no_more_scores_than_it_may() -> None:
+def test_prefill_makes_no_more_scores_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory doesn't grow with the prompt: the largest product is a block of the allowed size."""
     made: list[int] = []
     original = attention._scores
@@ -164,12 +181,11 @@ def test_prefill_makes_no_more_scores_than_it_may() -> None:
         made.append(out.numel())
         return out
 
-    q, k = torch.randn(1, 4, 512, 8).bfloat16(), torch.randn(1, 2, 2048, 8).bfloat16()
-    span = Span(torch.arange(1536, 2048)[None], 2048, 1536, torch.bfloat16)
-    attention._scores, attention.SCORES, before = counted, 1 << 18, attention.SCORES
-    try:
-        attention.attend(q, k, k, span)
-    finally:
-        attention._scores, attention.SCORES = original, before
+    q, k = torch.randn(1, 4, 512, 8), torch.randn(1, 2, 2048, 8)
+    span = Span(torch.arange(1536, 2048)[None], 2048, 1536, torch.float32)
+    monkeypatch.setattr(attention, "BLOCKED", (torch.float32,))
+    monkeypatch.setattr(attention, "_scores", counted)
+    monkeypatch.setattr(attention, "SCORES", 1 << 18)
+    attention.attend(q, k, k, span)
     assert max(made) <= 1 << 18
     assert len(made) == 512 // 32

@@ -31,8 +31,9 @@ READING_ORDER = [
 ]
 RUN_TIME = {"torch", "sentencepiece", "fairscale", "fire", "numpy", "tqdm", "llama"} | set(sys.stdlib_module_names)
 CORE = [PACKAGE / f"{name}.py" for name in READING_ORDER]
-LEANS_ON = {"longcontext": {"evals"}, "quantize": {"evals"}, "bench": {"evals"}}
-"""Rooms that measure build on the one that knows how: its intervals, sources and records. It builds on none."""
+LEANS_ON = {"longcontext": {"evals"}, "quantize": {"evals", "kernels"}, "bench": {"evals"}, "fast": {"kernels"}}
+"""Rooms that measure build on the one that knows how: its intervals, sources and records. Those that multiply build on
+the one with the kernels. Both build on none."""
 ROOMS = sorted(folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file())
 
 

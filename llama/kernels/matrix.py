@@ -1,0 +1,114 @@
+"""A weight that the kernels multiply by: plain, or quantised.
+
+Up to FEW vectors at a time are multiplied in C++, straight from the weight's own bytes: nothing is packed, nothing is
+kept twice, and the sums are in float32. More, as a prompt has, are an ordinary matrix product of PyTorch's: in bfloat16
+where the processor multiplies in it, else in float32, with as many rows of the weight at a time made wide as stay in a
+processor's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.kernels import library
+
+FLOAT32, BFLOAT16, INT8, INT4, NF4 = range(5)
+"""kernels.cpp's kinds."""
+PLAIN = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+FEW = 32
+"""Vectors up to which the kernels are used; from more on a matrix product is faster (docs/LOG.md)."""
+AT_ONCE = 1 << 20
+"""Numbers of a weight that are made wide at a time: 4 MB."""
+
+
+class Matrix:
+    """x (..., C) to x·weightᵀ (..., N), in x's dtype."""
+
+    def __init__(
+        self, kind: int, codes: Tensor, columns: int, scale: Tensor | None = None, zero: Tensor | None = None
+    ) -> None:
+        """`codes` (N, …) are rows of `columns` weights; `scale` and `zero` bfloat16 (N, groups of a row)."""
+        self.kind, self.shape = kind, (codes.shape[0], columns)
+        self.codes, self.scale, self.zero = (None if t is None else t.contiguous() for t in (codes, scale, zero))
+        assert self.codes is not None
+        group = 0 if scale is None or kind == INT8 else columns // scale.shape[1]
+        pointers = (None if t is None else t.data_ptr() for t in (self.codes, self.scale, self.zero))
+        self.struct = library.Matrix(*pointers, kind, *self.shape, group)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Matrix:
+        """A plain weight (N, C), float32 or bfloat16."""
+        return cls(PLAIN[weight.dtype], weight.detach(), weight.shape[1])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Matrix:
+        copies = (None if t is None else t.clone() for t in (self.codes, self.scale, self.zero))
+        codes, scale, zero = copies
+        assert codes is not None
+        return Matrix(self.kind, codes, self.shape[1], scale, zero)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.shape[1])
+        out = self._few(rows) if len(rows) <= FEW else self._many(rows)
+        return out.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+    def _few(self, rows: Tensor) -> Tensor:
+        wide = rows.float().contiguous()
+        out = torch.empty(len(rows), self.shape[0])
+        threads = torch.get_num_threads()
+        library.load().multiply(ctypes.byref(self.struct), wide.data_ptr(), len(rows), out.data_ptr(), threads)
+        return out
+
+    def _many(self, rows: Tensor) -> Tensor:
+        assert self.codes is not None
+        if self.kind == BFLOAT16 and multiplies_bfloat16():
+            return F.linear(rows.bfloat16(), self.codes)
+        dtype = torch.bfloat16 if multiplies_bfloat16() and self.kind != FLOAT32 else torch.float32
+        rows = rows.to(dtype)
+        if self.kind == FLOAT32:
+            return product(rows, self.codes)
+        out = rows.new_empty(len(rows), self.shape[0])
+        step = max(1, AT_ONCE // self.shape[1])
+        for first in range(0, self.shape[0], step):
+            weight = self.decode(first, min(step, self.shape[0] - first)).to(dtype)
+            out[:, first : first + step] = product(rows, weight)
+        if self.kind == INT8:
+            assert self.scale is not None
+            out.mul_(self.scale.to(dtype).squeeze(1))
+        return out
+
+    def decode(self, first: int, count: int) -> Tensor:
+        """Rows of the weight (count, C): wide, but for the scale of a whole row."""
+        assert self.codes is not None
+        if self.kind in (FLOAT32, BFLOAT16, INT8):
+            return self.codes[first : first + count]
+        out = torch.empty(count, self.shape[1])
+        threads = torch.get_num_threads()
+        library.load().decode(ctypes.byref(self.struct), first, count, out.data_ptr(), threads)
+        return out
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies matrices in bfloat16 quicker than in float32."""
+    features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in features)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x·weightᵀ of many vectors. In float32 by oneDNN, whose operator is private: what PyTorch asks by itself is slower
+    (docs/LOG.md)."""
+    if x.dtype == torch.float32 and _has_onednn():
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), None, "none", [], "")
+        return out
+    return F.linear(x, weight)
+
+
+@cache
+def _has_onednn() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")

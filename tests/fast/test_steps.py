@@ -1,0 +1,182 @@
+"""A step as one call: the same hidden states as block by block, and what is left to the blocks.
+
+What these guard against: a pointer to what is no longer there, a position or a token that is none, heads that read
+another's keys, softmax over more slots than it takes at once.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer, parallel
+from llama.fast import speed_up_
+from llama.fast.step import Steps
+from llama.kernels.matrix import FEW
+from llama.longcontext.int8_cache import int8_cache
+from llama.quantize.layers import quantize_
+from parallel.ranks import on_ranks
+
+ARGS = {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96, "multiple_of": 64}
+
+
+def model(dtype: torch.dtype = torch.float32, **sizes: int) -> Transformer:
+    torch.manual_seed(0)
+    made = Transformer(ModelArgs(**{"max_seq_len": 64, "max_batch_size": 3, **ARGS, **sizes}))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else weight * 6)
+    return made.to(dtype).requires_grad_(False)
+
+
+def in_one_call(made: Transformer) -> Steps:
+    assert isinstance(made.hidden, Steps)
+    return made.hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (8, 2), (4, 1)])
+def test_hundreds_of_slots_are_attended_to_as_by_the_blocks(dtype: torch.dtype, n_heads: int, n_kv_heads: int) -> None:
+    """Beyond the slots whose scores are made at a time; tokens of one row, of rows at positions of their own, several
+    at once; a float32 model of the same weights is what is exact."""
+    sizes = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "max_seq_len": 512}
+    exact, fast = model(dtype, **sizes).float(), speed_up_(model(dtype, **sizes))
+    steps = in_one_call(fast)
+    tokens = torch.randint(96, (3, 400), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for made in (exact, fast):
+            made(tokens[:, :390], 0)
+        for part, starts in (
+            (tokens[:, 390:391], 390),
+            (tokens[:, 391:392], [391, 64, 1]),
+            (tokens[:2, 392:397], [200, 63]),
+            (tokens[:1, 397:398], torch.tensor([0])),
+        ):
+            found, right = steps(part, starts, fast.own_cache()), exact.hidden(part, starts, exact.own_cache())
+            assert found.dtype == torch.float32
+            loss = float((found - right).norm() / right.norm())
+            assert loss < (1e-5 if dtype == torch.float32 else 2e-2), (starts, loss)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
+    if scheme == "nf4":
+        pytest.importorskip("bitsandbytes")
+    quantised = quantize_(model(), scheme)
+    fast = speed_up_(copy.deepcopy(quantised))
+    in_one_call(fast)
+    tokens = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for made in (quantised, fast):
+            made(tokens[:, :20], 0)
+        torch.testing.assert_close(fast(tokens[:, 20:24], 20), quantised(tokens[:, 20:24], 20), rtol=0, atol=1e-4)
+
+
+def test_activations_in_8_bits_are_rounded_between_products_so_blocks_do_it() -> None:
+    fast = speed_up_(quantize_(model(), "int8-dynamic"))
+    assert not isinstance(fast.hidden, Steps)
+
+
+def test_float32_writes_the_same_200_tokens() -> None:
+    plain, fast = (Llama.build(max_seq_len=256, max_batch_size=1, fast=fast) for fast in (False, True))
+    in_one_call(fast.model)
+    prompt = "import os\n\n\nclass Reader:\n"
+    found, right = (each.generate([each.tokenizer.encode(prompt, True, False)], 200, 0.0)[0] for each in (fast, plain))
+    assert found == right
+    assert len(found[0]) == 200
+
+
+def test_bfloat16_weights_lose_less_than_a_thousandth_of_perplexity() -> None:
+    """Token by token, over the cache in bfloat16, against the same weights in float32 throughout."""
+    exact = Llama.build(max_seq_len=512, max_batch_size=1)
+    fast = Llama.build(max_seq_len=512, max_batch_size=1, dtype=torch.bfloat16, fast=True)
+    for weight in exact.model.parameters():
+        weight.data = weight.data.bfloat16().float()
+    text = (
+        "def merge(left, right):\n    result = []\n    while left and right:\n        if left[0] < right[0]:\n"
+        "            result.append(left.pop(0))\n        else:\n            result.append(right.pop(0))\n"
+        "    return result + left + right\n\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n"
+    ) * 2
+    tokens = torch.tensor([exact.tokenizer.encode(text, bos=True, eos=False)])
+    steps = in_one_call(fast.model)
+
+    def losses(scores: Tensor) -> Tensor:
+        return F.cross_entropy(scores[0, :-1], tokens[0, 1:])
+
+    with torch.inference_mode():
+        right = losses(exact.model(tokens))
+        one_by_one = [steps(tokens[:, i : i + 1], i, fast.model.own_cache()) for i in range(tokens.shape[1])]
+        found = losses(fast.model.logits(torch.cat(one_by_one, 1)))
+    assert abs(float((found - right).exp()) - 1) < 1e-3
+
+
+def test_what_is_no_position_or_no_token_is_said() -> None:
+    fast = speed_up_(model())
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        for starts, B in ((64, 1), (-1, 1), ([0, 1], 1), (0, 4)):
+            with pytest.raises(ValueError, match="positions|rows"):
+                fast.hidden(token.expand(B, 1), starts, fast.own_cache())
+        for wrong in (-1, 96):
+            with pytest.raises(IndexError, match=f"token {wrong} of a vocabulary of 96"):
+                fast.hidden(torch.tensor([[5, wrong]]), 0, fast.own_cache())
+        fast.hidden(torch.tensor([[5, 95]]), 62, fast.own_cache())
+
+
+def test_another_cache_is_written_to_and_the_first_let_go() -> None:
+    exact, fast = model(), speed_up_(model())
+    steps = in_one_call(fast)
+    first, second = fast.own_cache(), fast.new_cache(1, 32)
+    one, two = torch.tensor([[5]]), torch.tensor([[7, 8]])
+    with torch.inference_mode():
+        steps(one, 3, first)
+        kept = [tensor.clone() for tensor in (*first.keys, *first.values)]
+        other = exact.new_cache(1, 32)
+        torch.testing.assert_close(steps(two, 0, second), exact.hidden(two, 0, other), rtol=0, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(kept, (*first.keys, *first.values), strict=True))
+        for found, right in zip((*second.keys, *second.values), (*other.keys, *other.values), strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=1e-4)
+
+
+def test_other_caches_and_prompts_are_left_to_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = speed_up_(model())
+    steps, left = in_one_call(fast), []
+    monkeypatch.setattr(steps, "plain", lambda tokens, start, cache: left.append(tuple(tokens.shape)))
+    with torch.inference_mode():
+        steps(torch.zeros(1, FEW + 1, dtype=torch.int64), 0, fast.own_cache())
+        steps(torch.zeros(1, 2, dtype=torch.int64), 0, int8_cache(fast))
+        steps(torch.zeros(1, 3, dtype=torch.int64))
+        steps(torch.zeros(1, 0, dtype=torch.int64), 0, fast.own_cache())
+    assert left == [(1, FEW + 1), (1, 2), (1, 3), (1, 0)]
+
+
+def on_a_rank(init_method: str, scheme: str | None) -> Tensor:
+    ranks = parallel.start(init_method=init_method, timeout=60)
+    with ranks.together():
+        made = model()
+        if scheme:
+            quantize_(made, scheme)
+        fast = speed_up_(made)
+        in_one_call(fast)
+        return read(fast)
+
+
+def read(fast: Transformer) -> Tensor:
+    tokens = torch.arange(80).view(2, 40)
+    with torch.inference_mode():
+        fast(tokens[:, :36], 0)
+        return torch.cat((fast(tokens[:, 36:37], 36), fast(tokens[:, 37:38], [37, 11]), fast(tokens[:, 38:40], 38)), 1)
+
+
+@pytest.mark.parametrize(("ranks", "scheme"), [(2, None), (2, "int4"), (4, None)])
+def test_ranks_together_compute_what_one_does(ranks: int, scheme: str | None) -> None:
+    """On four there are more ranks than kv heads."""
+    made = model()
+    expected = read(speed_up_(quantize_(made, scheme) if scheme else made))
+    assert expected.abs().max() > 1
+    for found in on_ranks(on_a_rank, ranks, scheme, limit=120):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)

@@ -1,0 +1,217 @@
+"""The C++ of llama/kernels against float64 arithmetic: every kind of weight, every width of vectors, rests of rows.
+
+What these guard against: a column in another place than its weight's, what is left of a row that is no whole number of
+steps, numbers read behind a weight's last row, sums that depend on how many vectors there are; and a compiler that is
+missing, fails, or makes something that multiplies wrongly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama.kernels import library, matrix
+from llama.kernels.matrix import BFLOAT16, FEW, FLOAT32, INT4, INT8, NF4, Matrix
+
+NF4_LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
+NF4_LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # QLoRA, appendix E, to four digits
+SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1088)]
+"""Whole tiles of rows and rests of them; columns that are whole steps of every width, and ones that leave a rest."""
+KINDS = {"float32": 0, "bfloat16": 0, "int8": 0, "int4:32": 32, "int4:64": 64, "nf4": 64}
+
+
+@pytest.fixture(scope="module", params=[4, 8, 16], ids=lambda lanes: f"{lanes} lanes")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels in vectors of another width: a compiler makes them of what the processor has."""
+    if request.param == library.load().lanes():
+        return library.load()
+    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    library.build(path, (f"-DLANES={request.param}", "-O1"))
+    made = library.opened(path)
+    assert made.lanes() == request.param
+    return made
+
+
+@pytest.fixture
+def lanes(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: compiled)
+
+
+def weight(kind: str, N: int, C: int) -> tuple[Matrix, Tensor]:
+    """A random weight and what it is in float64, by plain indexing."""
+    group = KINDS[kind]
+    if group == 0 and kind != "int8":
+        plain = torch.randn(N, C).to(getattr(torch, kind))
+        return Matrix.of(plain), plain.double()
+    if kind == "int8":
+        codes, scale = torch.randint(-128, 128, (N, C), dtype=torch.int8), torch.rand(N, 1).bfloat16()
+        return Matrix(INT8, codes, C, scale), codes.double() * scale.double()
+    codes = torch.randint(0, 256, (N, C // 2), dtype=torch.uint8)
+    both = torch.stack((codes // 16, codes % 16), -1).view(N, C)
+    scale, zero = torch.rand(N, C // group).bfloat16(), torch.randn(N, C // group).bfloat16()
+    wide = scale.double().repeat_interleave(group, 1)
+    if kind == "nf4":
+        return Matrix(NF4, codes, C, scale), torch.tensor(NF4_LEVELS, dtype=torch.float64)[both.long()] * wide
+    return Matrix(INT4, codes, C, scale, zero), (both.double() - 8) * wide + zero.double().repeat_interleave(group, 1)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_product_is_that_in_float64(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    found, exact = weight(kind, *shape)
+    x = torch.randn(FEW, shape[1])
+    size = x.double().abs() @ exact.abs().T  # what rounding is relative to
+    digits = 1e-4 if kind == "nf4" else 2e-6  # of the levels above
+    if kind.startswith("int"):
+        size = size + 128 * x.double().abs().sum(1, keepdim=True) * exact.abs().amax(1)[None] / 100
+    for n in (1, 2, 3, 4, 5, 8, FEW):
+        error = (found(x[:n]).double() - x[:n].double() @ exact.T).abs()
+        assert (error <= digits * size[:n]).all(), (n, float((error / size[:n]).max()))
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_of_a_vector_does_not_depend_on_those_beside_it(kind: str) -> None:
+    found, _ = weight(kind, 21, 704)
+    x = torch.randn(FEW, 704)
+    together = found(x)
+    for n in (1, 2, 3, 5):
+        assert torch.equal(found(x[:n]), together[:n])
+
+
+@pytest.mark.parametrize("kind", ["int4:32", "int8", "bfloat16"])
+def test_nothing_is_read_behind_the_last_row(kind: str) -> None:
+    """The weight ends where a page of memory does; the next one may not be read."""
+    import mmap
+
+    N, C = 3, 704
+    found, exact = weight(kind, N, C)
+    parts = [t for t in (found.codes, found.scale, found.zero) if t is not None]
+    kept = []
+    for part, name in zip(parts, ("codes", "scale", "zero"), strict=False):
+        pages = -(-part.nbytes // mmap.PAGESIZE)
+        area = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        libc = ctypes.CDLL(None)
+        assert libc.mprotect(ctypes.c_void_p(address + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+        at = address + pages * mmap.PAGESIZE - part.nbytes
+        ctypes.memmove(at, part.data_ptr(), part.nbytes)
+        setattr(found.struct, name, at)
+        kept.append((area, libc, address + pages * mmap.PAGESIZE))
+    x = torch.randn(5, C)
+    torch.testing.assert_close(found(x).double(), x.double() @ exact.T, rtol=1e-4, atol=1e-2)
+    for _, libc, page in kept:
+        libc.mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 3)
+
+
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_vectors_are_multiplied_by_the_same_weight(
+    kind: str, in_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a prompt is, some rows of the weight at a time: in float32, and where the processor has it in bfloat16."""
+    monkeypatch.setattr(matrix, "multiplies_bfloat16", lambda: in_bfloat16)
+    monkeypatch.setattr(matrix, "AT_ONCE", 704 * 10)
+    found, exact = weight(kind, 33, 704)
+    x = torch.randn(FEW + 1, 704)
+    out, right = found(x), x.double() @ exact.T
+    assert out.dtype == torch.float32
+    loss = float((out.double() - right).norm() / right.norm())
+    assert loss < (5e-3 if in_bfloat16 and kind != "float32" else 1e-4)
+
+
+def test_leading_dimensions_and_dtypes() -> None:
+    found, exact = weight("bfloat16", 12, 64)
+    x = torch.randn(2, 3, 64)
+    assert found(x).shape == (2, 3, 12)
+    assert torch.equal(found(x.transpose(0, 1)), found(x).transpose(0, 1))  # not contiguous
+    assert found(x.bfloat16()).dtype == torch.bfloat16
+    assert found(x[:, :0]).shape == (2, 0, 12)
+    torch.testing.assert_close(found(x[0, 0]).double(), exact @ x[0, 0].double(), rtol=1e-4, atol=1e-4)
+
+
+def test_all_processors_threads_share_a_product() -> None:
+    """More threads than there are rows, and than there are processors."""
+    found, exact = weight("float32", 6, 64)
+    x, before = torch.randn(3, 64), torch.get_num_threads()
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(found(x).double(), x.double() @ exact.T, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+# The compiler --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder with nothing in it, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv(library.OFF, raising=False)
+    for function in (library.load, library.available):
+        function.cache_clear()
+    yield tmp_path / "codellama"
+    for function in (library.load, library.available):
+        function.cache_clear()
+
+
+def test_without_a_compiler_a_sentence_says_so_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"neither g\+\+ nor clang\+\+ here: install one .*CXX"):
+        library.load()
+    with pytest.warns(UserWarning, match=r"neither g\+\+ nor clang.*PyTorch's own operators multiply"):
+        assert not library.available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not library.available()
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{library.shutil.which('g++')} -DLANES=3")
+    with pytest.raises(ValueError, match=r"could not compile .*kernels\.cpp \(.*error.*CXX"):
+        library.load()
+    assert list(fresh.iterdir()) == []
+
+
+def test_kernels_that_multiply_wrongly_are_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.full
+
+    def wrong(size: tuple[int, ...], value: float, **options: object) -> Tensor:
+        return right(size, value + (len(size) == 1), **options)
+
+    monkeypatch.setattr(library, "_folder", lambda: Path(os.environ["XDG_CACHE_HOME"]))
+    library.build(library._folder() / f"kernels-{library._key()}.so", ("-O0",))
+    monkeypatch.setattr(torch, "full", wrong)
+    with pytest.raises(ValueError, match=r"multiplies wrongly here: name another compiler in CXX"):
+        library.load()
+
+
+def test_what_was_compiled_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh.mkdir()
+    library.build(fresh / f"kernels-{library._key()}.so", ("-O0",))
+    monkeypatch.setattr(library, "build", lambda *_: pytest.fail("compiled again"))
+    assert library.load().lanes() in (4, 8, 16)
+
+
+def test_an_environment_variable_leaves_products_to_pytorch(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.OFF, "1")
+    monkeypatch.setattr(library, "build", lambda *_: pytest.fail("compiled all the same"))
+    assert not library.available()
+
+
+def test_kinds_are_the_same_in_both_languages() -> None:
+    source = library.SOURCE.read_text(encoding="utf-8")
+    assert "enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4 };" in source
+    assert tuple(range(5)) == (FLOAT32, BFLOAT16, INT8, INT4, NF4)
