@@ -161,9 +161,8 @@ def decode(model: Transformer, ranks: Ranks, active: list[Answer], logits: Tenso
             # What pads the shorter guesses needs a slot too.
             longest = min(max(map(len, guesses)), cache.slots - max(len(a.tokens) for a in active))
             guesses = [guess[:longest] for guess in guesses]
-            rows = [
-                a.tokens[-1:] + guess + [0] * (longest - len(guess)) for a, guess in zip(active, guesses, strict=True)
-            ]
+            pairs = zip(active, guesses, strict=True)
+            rows = [a.tokens[-1:] + guess + [0] * (longest - len(guess)) for a, guess in pairs]
             starts = [len(a.tokens) - 1 for a in active]
             logits = model.logits(model.hidden(torch.tensor(rows, device=logits.device), starts, cache))
     return True

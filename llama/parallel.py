@@ -270,10 +270,10 @@ class RowParallelLinear(layers.RowParallelLinear):  # type: ignore[misc]
         """The sum of the ranks' parts."""
         if torch.compiler.is_compiling() and self.ranks > 1:
             # fairscale's sum marks its input as changed, which a compiler can't follow.
-            whole: Tensor = all_reduce(part, "sum", groups.get_model_parallel_group())
-        else:
-            whole = mappings.reduce_from_model_parallel_region(part) if self.ranks > 1 else part
-        return whole
+            part = all_reduce(part, "sum", groups.get_model_parallel_group())
+        elif self.ranks > 1:
+            part = mappings.reduce_from_model_parallel_region(part)
+        return part
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

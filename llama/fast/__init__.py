@@ -16,8 +16,8 @@ __all__ = ["compile_", "prepare_", "speed_up_"]
 
 def speed_up_(model: Transformer) -> Transformer:
     """Puts a `FusedBlock` in the place of each block, one after the other, so that no second copy of the weights is
-    ever whole, and takes steps of a few tokens in one call where there are kernels for them; for inference only. A model
-    may be quantised before, not after."""
+    ever whole, and where there are kernels takes a step of a few tokens in one call; for inference only. A model may be
+    quantised before, not after."""
     turn = Turn()
     for i, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock), "a model is made fast once"

@@ -25,8 +25,8 @@ SCORES = 1 << 23
 BLOCK = 256
 """Queries of a block at most: more make more scores in vain, fewer make the products slow."""
 BLOCKED = (torch.bfloat16,) if multiplies_bfloat16() else ()
-"""In what a prompt is read so on a CPU. In float32, and where the processor doesn't multiply in bfloat16, PyTorch's fused
-kernel is faster there (docs/LOG.md), and a GPU's, which makes no scores in memory, is taken unmeasured."""
+"""In what a prompt is read so on a CPU. In float32, and where the processor doesn't multiply in bfloat16, PyTorch's
+fused kernel is faster (docs/LOG.md), and a GPU's, which makes no scores in memory, is taken unmeasured."""
 SHORT = 1 << 13
 """Slots of all rows' kv heads up to which, for one query on a CPU, the fused kernel is faster after all."""
 

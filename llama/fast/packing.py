@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
@@ -53,16 +53,21 @@ def _can_reorder(dtype: torch.dtype) -> bool:
 
 def matrix_of(product: Product) -> Matrix | None:
     """What the kernels can read of a product: its weight, if they multiply by it."""
-    found = product if isinstance(product, Matrix) else getattr(product, "matrix", None)
-    return found if isinstance(found, Matrix) else None
+    if isinstance(product, Matrix):
+        return product
+    return product.matrix if isinstance(product, Joinable) else None
 
 
+@runtime_checkable
 class Joinable(Protocol):
     """What has taken a weight's place, as quantised codes have: it knows how to be one with others of its kind."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def joined(self, others: Sequence[Any]) -> Product: ...
+
+    @property
+    def matrix(self) -> Matrix | None: ...
 
 
 def join(linears: Sequence[Linear]) -> Product:

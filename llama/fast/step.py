@@ -1,10 +1,9 @@
 """A step of a few tokens as one call: all blocks in llama/kernels, their threads together from the first to the last.
 
-What a framework's operators cost besides the arithmetic, some microseconds each and forty of them a block, is most of a
-small model's step and a tenth of a large one's. So where every weight is one that the kernels read, a step over the
-model's own cache goes to them whole: tokens are looked up here, the blocks run there, and what comes back is normalised.
-On several ranks each half of a block is a call, and the sum over the ranks stands between. Prompts, other caches and
-other devices are left to the blocks.
+What a framework's operators cost besides the arithmetic, some microseconds each and forty of them a block, is most of
+a small model's step and a part of a large one's. So where every weight is one that the kernels read, a step over a
+cache of plain numbers goes to them whole, from the tokens to the last norm. On several ranks each half of a block is a
+call, and the sum over the ranks stands between. Prompts, other caches and other devices are left to the blocks.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from threading import Lock
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -32,11 +33,12 @@ class Steps:
 
     Between two steps a processor's caches hold weights, not the interpreter: every line of Python and every tensor made
     here costs several times what it does in a loop of its own. So what the kernels are told is kept, and little is new.
+    What it is made of stays: who puts another product or `attend` into a block takes `Steps` out again.
     """
 
     def __init__(self, model: Transformer, matrices: Sequence[dict[str, Matrix]]) -> None:
         """`matrices` are each block's."""
-        self.model, self.plain = model, model.hidden
+        self._model, self._made_of = weakref.ref(model), matrices
         args, D, self._ranks = model.args, model.args.head_dim, model.output.ranks
         heads, kv_heads, hidden = args.n_heads // self._ranks, model.kv_heads, matrices[0]["w2"].shape[1]
         blocks = [block for block in model.layers if isinstance(block, FusedBlock)]
@@ -44,48 +46,84 @@ class Steps:
         self._norm = FusedNorm(model.norm, torch.float32)
         self._embedding = model.tok_embeddings.weight.detach()
         widths = (heads + 2 * kv_heads) * D, heads * D, 2 * hidden
-        room = [torch.empty(FEW * width) for width in widths]
-        norms = [[norm.weight.float() for norm in (block.attention_norm, block.ffn_norm)] for block in blocks]
+        self._room = [torch.empty(FEW * width, **library.EXACT) for width in widths]
+        self._norms = [[norm.weight.float() for norm in (block.attention_norm, block.ffn_norm)] for block in blocks]
         self._blocks = (library.Block * len(blocks))(
             *(
-                library.Block(*(norm.data_ptr() for norm in both), *(own[name].struct for name in MATRICES))
-                for both, own in zip(norms, matrices, strict=True)
+                library.Block(*(norm.data_ptr() for norm in norms), *(own[name].struct for name in MATRICES))
+                for norms, own in zip(self._norms, matrices, strict=True)
             )
         )
         self._step = library.Step(dim=args.dim, heads=heads, kv_heads=kv_heads, head_dim=D, hidden=hidden)
         self._step.eps, self._step.norm = args.norm_eps, self._norm.weight.data_ptr()
         self._step.vocabulary = len(self._embedding)
         self._step.embedding, self._step.embedding_kind = self._embedding.data_ptr(), PLAIN[self._embedding.dtype]
-        self._step.qkv, self._step.mixed, self._step.gated = (tensor.data_ptr() for tensor in room)
+        self._step.qkv, self._step.mixed, self._step.gated = (tensor.data_ptr() for tensor in self._room)
         self._starts = (ctypes.c_int64 * FEW)()
         self._step.starts = ctypes.addressof(self._starts)
         self._cache: weakref.ref[KVCache] | None = None
-        self._alive = [room, norms, matrices]  # what the kernels are told points to these
+        self._turn = Lock()  # one step at a time: all are told by the same few numbers
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a fast model can't be copied or stored: copy the plain one, and make both fast")
+
+    @property
+    def model(self) -> Transformer:
+        model = self._model()
+        assert model is not None, "the model is gone, and with it its steps"
+        return model
 
     def __call__(
         self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """As `Transformer.hidden`."""
-        # A cache of another kind keeps its numbers in another form.
-        if start_pos is None or type(cache) is not KVCache or not 0 < tokens.numel() <= FEW:
-            return self.plain(tokens, start_pos, cache)
         B, T = tokens.shape
+        # A cache of another kind keeps its numbers in another form.
+        if start_pos is None or type(cache) is not KVCache or not 0 < B * T <= FEW or not tokens.is_cpu:
+            return self.blocks(tokens, start_pos, cache)
         given = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
         starts = [given] * B if isinstance(given, int) else list(given)
         if len(starts) != B or cache.rows < B or min(starts) < 0 or max(starts) + T > cache.slots:
-            cache.span(start_pos, B, T)  # says what is wrong
-        self._starts[:B] = starts
-        self._tell(cache, B, T)
-        kernels, step = library.load(), ctypes.byref(self._step)
-        if self._ranks == 1:
-            ids = tokens.contiguous()
-            self._step.ids = ids.data_ptr()
-            x = torch.empty(B, T, self._step.dim)
-            good = kernels.run_blocks(self._blocks, len(self._blocks), step, x.data_ptr())
-            if good < B * T:
-                raise IndexError(f"token {ids.flatten()[good]} of a vocabulary of {self._step.vocabulary}")
-            return x
+            cache.span(start_pos, B, T)
+            raise AssertionError("a span that is none was made")
+        with self._turn:
+            self._tell(cache, starts, T)
+            return self._whole(tokens) if self._ranks == 1 else self._by_halves(tokens)
+
+    def blocks(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor | None, cache: KVCache | None) -> Tensor:
+        """Block by block."""
+        return Transformer.hidden(self.model, tokens, start_pos, cache)
+
+    def _tell(self, cache: KVCache, starts: list[int], T: int) -> None:
+        """The kernels, what this step is over."""
+        step = self._step
+        step.rows, step.tokens, step.threads = len(starts), T, torch.get_num_threads()
+        for row, start in enumerate(starts):
+            self._starts[row] = start
+        if self._cache is None or self._cache() is not cache:
+            for block, keys, values in zip(self._blocks, cache.keys, cache.values, strict=True):
+                assert keys.is_cpu
+                block.keys, block.values = keys.data_ptr(), values.data_ptr()
+            step.slots, step.cache_kind = cache.slots, PLAIN[cache.keys[0].dtype]
+            self._cache = weakref.ref(cache)
+        self._tables = self.model.rotation(cache.slots)
+        step.cos, step.sin = (table.data_ptr() for table in self._tables)
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        """From ids to the last norm."""
+        ids = tokens.to(torch.int64).contiguous()
+        self._step.ids = ids.data_ptr()
+        x = torch.empty(*ids.shape, self._step.dim, **library.EXACT)
+        step = ctypes.byref(self._step)
+        good = library.load().run_blocks(self._blocks, len(self._blocks), step, x.data_ptr())
+        if good < ids.numel():
+            raise IndexError(f"token {ids.flatten()[good]} of a vocabulary of {self._step.vocabulary}")
+        return x
+
+    def _by_halves(self, tokens: Tensor) -> Tensor:
+        """The same, with the other ranks' parts added after each half of a block."""
         x = self.model.tok_embeddings(tokens).detach().float().contiguous()
+        kernels, step = library.load(), ctypes.byref(self._step)
         for block, layers in zip(self._blocks, self._sums, strict=True):
             for is_attention, layer in zip((1, 0), layers, strict=True):
                 assert isinstance(layer, RowParallelLinear)
@@ -93,18 +131,6 @@ class Steps:
                 kernels.run_half(ctypes.byref(block), is_attention, step, x.data_ptr(), part.data_ptr())
                 x += layer.total(part)
         return self._norm(x)
-
-    def _tell(self, cache: KVCache, B: int, T: int) -> None:
-        """The kernels, what this step is over."""
-        step = self._step
-        step.rows, step.tokens, step.threads = B, T, torch.get_num_threads()
-        if self._cache is None or self._cache() is not cache:
-            for block, keys, values in zip(self._blocks, cache.keys, cache.values, strict=True):
-                block.keys, block.values = keys.data_ptr(), values.data_ptr()
-            step.slots, step.cache_kind = cache.slots, PLAIN[cache.keys[0].dtype]
-            self._cache = weakref.ref(cache)
-        cos, sin = self.model.rotation(cache.slots)
-        step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
 
 
 def put_steps_(model: Transformer) -> None:

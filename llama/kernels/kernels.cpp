@@ -34,7 +34,7 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint8_t;
 
-// What Python hands over. matrix.py and step.py have the same fields.
+// What Python hands over. library.py has the same fields.
 
 struct Matrix {  // N rows (outputs) of C columns (inputs)
     const void* codes;
@@ -240,7 +240,7 @@ struct Int4 : FourBits<GROUP> {  // (code - 8) * scale + zero
         for (int64_t g = 0; g < whole / GROUP; g++) placed[placed_group(g)] = sum(lane_sums(x + g * GROUP, GROUP));
     }
     // Of (code - 8) * scale + zero, what is not code * scale. There are zeros behind the sums, so that numbers of the next
-    // row do no harm; behind the last row there are none.
+    // row, which are finite, do no harm; behind the last row there are none.
     static Floats offset(const Matrix& m, int64_t row, const float* sums) {
         int64_t groups = m.columns / GROUP, first = row * groups, steps = (groups + Bfloat16::STEP - 1) / Bfloat16::STEP;
         const uint16_t *scale = m.scale + first, *zero = m.zero + first;
@@ -400,7 +400,7 @@ void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<
     for (const Part& part : parts) {
         int64_t row = part.first;
         // Tall tiles widen a weight for two vectors, and keep up with memory; wide ones for four, which is less work a
-        // vector, but for weights in groups, whose sums fill the registers (docs/LOG.md).
+        // vector, but not where a group's sums fill the registers as well (docs/LOG.md).
         if (n < 4 || W::TALL)
             for (; row + 4 <= part.last; row += 4) rows_times<W, 4, 2>(m, row, placed, stride, n, part.target);
         for (; row + 2 <= part.last; row += 2) rows_times<W, 2, 4>(m, row, placed, stride, n, part.target);
@@ -434,11 +434,11 @@ void decode_row(const Matrix& m, int64_t row, float* out) {
 
 struct Thread {
     int64_t index, count;
-    // Its part of a range, in whole fours, as products take rows.
+    // Its part of a range, in whole sixteens: whole tiles, and whole vectors, so that nothing depends on how many share.
     void share(int64_t whole, int64_t& first, int64_t& last) const {
-        int64_t fours = (whole + 3) / 4;
-        first = std::min(whole, fours * index / count * 4);
-        last = std::min(whole, fours * (index + 1) / count * 4);
+        int64_t parts = (whole + 15) / 16;
+        first = std::min(whole, parts * index / count * 16);
+        last = std::min(whole, parts * (index + 1) / count * 16);
     }
 };
 
@@ -496,44 +496,43 @@ inline void mix(const uint8_t* values, int64_t size, int64_t step, int64_t count
     for (int u = 0; u < ALL; u++) store(place + u * LANES, mixed[u]);
 }
 
-// Attention of one query over `seen` slots, in one pass (online softmax: arXiv 1805.02867).
+struct Query {
+    const float* q;  // (D), placed and scaled
+    int64_t seen;    // slots that it sees
+    float *sums, *out;
+    float most, total;
+};
+
+// One query, and slots first to first + count of those it sees.
 template <class W>
-void attend(const float* q, const uint8_t* keys, const uint8_t* values, int64_t seen, int64_t D, float* sums, float* out) {
+void attend(Query& query, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t count, int64_t D) {
     int64_t size = W::bytes(D), steps = D / W::STEP;
-    float most = NEVER, total = 0;
-    std::fill(sums, sums + D, 0.0f);
-    for (int64_t first = 0; first < seen; first += AT_ONCE) {
-        int64_t count = std::min<int64_t>(AT_ONCE, seen - first);
-        float scores[AT_ONCE], before = most;
-        for (int64_t i = 0; i < count; i++) {
-            const uint8_t* key = keys + (first + i) * size;
-            Floats score = {};
-            for (int64_t s = 0; s < steps; s++)
-                for (int v = 0; v < W::VECTORS; v++)
-                    score += W::get(key, s, v) * load<Floats>(q + s * W::STEP + v * LANES);
-            scores[i] = sum(score);
-            most = std::max(most, scores[i]);
-        }
-        for (int64_t i = count; i % LANES; i++) scores[i] = NEVER;
-        Floats weights = {};
-        for (int64_t i = 0; i < count; i += LANES) {
-            Floats weight = exponential(load<Floats>(scores + i) - most);
-            if (i + LANES > count)
-                for (int lane = int(count - i); lane < LANES; lane++) weight[lane] = 0;
-            store(scores + i, weight);
-            weights += weight;
-        }
-        float fade = before == NEVER ? 0.0f : std::exp(before - most);
-        total = total * fade + sum(weights);
-        int64_t s = 0;
-        for (; s + 4 / W::VECTORS <= steps; s += 4 / W::VECTORS)
-            mix<W, 4 / W::VECTORS>(values + first * size, size, s, count, scores, fade, sums);
-        for (; s < steps; s++) mix<W, 1>(values + first * size, size, s, count, scores, fade, sums);
+    float scores[AT_ONCE], before = query.most;
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t* key = keys + (first + i) * size;
+        Floats score = {};
+        for (int64_t s = 0; s < steps; s++)
+#pragma GCC unroll 2
+            for (int v = 0; v < W::VECTORS; v++)
+                score += W::get(key, s, v) * load<Floats>(query.q + s * W::STEP + v * LANES);
+        scores[i] = sum(score);
+        query.most = std::max(query.most, scores[i]);
     }
-    for (int64_t s = 0; s < steps; s++)
-        for (int v = 0; v < W::VECTORS; v++)
-            for (int i = 0; i < LANES; i++)
-                out[s * W::STEP + W::place(v, i)] = sums[s * W::STEP + v * LANES + i] / total;
+    for (int64_t i = count; i % LANES; i++) scores[i] = NEVER;
+    Floats weights = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats weight = exponential(load<Floats>(scores + i) - query.most);
+        if (i + LANES > count)
+            for (int lane = int(count - i); lane < LANES; lane++) weight[lane] = 0;
+        store(scores + i, weight);
+        weights += weight;
+    }
+    float fade = before == NEVER ? 0.0f : std::exp(before - query.most);
+    query.total = query.total * fade + sum(weights);
+    int64_t s = 0;
+    for (; s + 4 / W::VECTORS <= steps; s += 4 / W::VECTORS)
+        mix<W, 4 / W::VECTORS>(values + first * size, size, s, count, scores, fade, query.sums);
+    for (; s < steps; s++) mix<W, 1>(values + first * size, size, s, count, scores, fade, query.sums);
 }
 
 template <class W>
@@ -549,26 +548,47 @@ void remember(Thread me, const Block& block, const Step& s) {
     }
 }
 
+// Softmax in one pass (online: arXiv 1805.02867). All queries of a kv head go through its keys and values together, some
+// slots at a time, which are then in the thread's cache.
 template <class W>
 void look(Thread me, const Block& block, const Step& s) {
-    int64_t D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D, group = s.heads / s.kv_heads;
-    float scale = 1 / std::sqrt(float(D));
+    int64_t D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D, group = s.heads / s.kv_heads, all = group * s.tokens;
+    int64_t parts = 1;  // of a kv head's queries, where there are more threads than kv heads
+    while (s.rows * s.kv_heads * parts < me.count && parts * 2 <= all) parts *= 2;
     static thread_local std::vector<float> room;
-    room.resize(2 * D);
-    // Neighbours in this order share a kv head, whose keys then lie in the thread's cache.
-    int64_t items = s.rows * s.heads * s.tokens;
-    for (int64_t item = items * me.index / me.count; item < items * (me.index + 1) / me.count; item++) {
-        int64_t row = item / (s.heads * s.tokens), head = item / s.tokens % s.heads, t = item % s.tokens;
-        int64_t token = row * s.tokens + t, position = s.starts[row] + t;
-        float *q = s.qkv + token * width + head * D, *placed = room.data();
-        rotate(q, s.cos + position * D / 2, s.sin + position * D / 2, D / 2);
-        for (int64_t i = 0; i < D; i++) q[i] *= scale;
-        for (int64_t s = 0; s < D / W::STEP; s++)
-            for (int v = 0; v < W::VECTORS; v++)
-                for (int i = 0; i < LANES; i++) placed[s * W::STEP + v * LANES + i] = q[s * W::STEP + W::place(v, i)];
-        int64_t from = (row * s.kv_heads + head / group) * s.slots * W::bytes(D);
-        attend<W>(placed, static_cast<const uint8_t*>(block.keys) + from, static_cast<const uint8_t*>(block.values) + from,
-                  position + 1, D, placed + D, s.mixed + (token * s.heads + head) * D);
+    static thread_local std::vector<Query> queries;
+    room.resize(2 * all * D);
+    for (int64_t item = me.index; item < s.rows * s.kv_heads * parts; item += me.count) {
+        int64_t row = item / (s.kv_heads * parts), kv_head = item / parts % s.kv_heads, part = item % parts;
+        int64_t longest = 0;
+        queries.clear();
+        for (int64_t i = all * part / parts; i < all * (part + 1) / parts; i++) {
+            int64_t head = kv_head * group + i / s.tokens, token = row * s.tokens + i % s.tokens;
+            int64_t position = s.starts[row] + i % s.tokens;
+            float *q = s.qkv + token * width + head * D, *placed = room.data() + 2 * i * D;
+            rotate(q, s.cos + position * D / 2, s.sin + position * D / 2, D / 2);
+            for (int64_t step = 0; step < D / W::STEP; step++)
+                for (int v = 0; v < W::VECTORS; v++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        placed[step * W::STEP + v * LANES + lane] =
+                            q[step * W::STEP + W::place(v, lane)] * (1 / std::sqrt(float(D)));
+            std::fill(placed + D, placed + 2 * D, 0.0f);
+            queries.push_back({placed, position + 1, placed + D, s.mixed + (token * s.heads + head) * D, NEVER, 0});
+            longest = std::max(longest, position + 1);
+        }
+        int64_t from = (row * s.kv_heads + kv_head) * s.slots * W::bytes(D);
+        const auto *keys = static_cast<const uint8_t*>(block.keys) + from;
+        const auto *values = static_cast<const uint8_t*>(block.values) + from;
+        for (int64_t first = 0; first < longest; first += AT_ONCE)
+            for (Query& query : queries)
+                if (first < query.seen)
+                    attend<W>(query, keys, values, first, std::min<int64_t>(AT_ONCE, query.seen - first), D);
+        for (const Query& query : queries)
+            for (int64_t step = 0; step < D / W::STEP; step++)
+                for (int v = 0; v < W::VECTORS; v++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        query.out[step * W::STEP + W::place(v, lane)] =
+                            query.sums[step * W::STEP + v * LANES + lane] / query.total;
     }
 }
 
@@ -617,6 +637,14 @@ void feed_forward(Thread me, const Block& block, const Step& s, const float* x, 
 extern "C" {
 
 int64_t lanes() { return LANES; }
+
+// Of the threads' numbers, which are 0 to threads - 1.
+int64_t sum_of_threads(int64_t threads) {
+    int64_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    total += omp_get_thread_num();
+    return total;
+}
 
 // Tokens to x (n, dim), as it is after the last norm. Returns how many tokens there were before one that is no row of the
 // embedding: n, if all is well.

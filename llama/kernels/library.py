@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+EXACT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What the kernels read and write, whatever PyTorch's defaults are."""
 OFF = "CODELLAMA_NO_KERNELS"
 """Set to anything, this environment variable leaves products to PyTorch's operators."""
 
@@ -63,12 +69,15 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _MATRIX, _BLOCK, _STEP = (ctypes.POINTER(kind) for kind in (Matrix, Block, Step))
 FUNCTIONS = {
     "lanes": (),
+    "sum_of_threads": (_NUMBER,),
     "run_blocks": (_BLOCK, _NUMBER, _STEP, _POINTER),
     "run_half": (_BLOCK, _NUMBER, _STEP, _POINTER, _POINTER),
     "multiply": (_MATRIX, _POINTER, _NUMBER, _POINTER, _NUMBER),
     "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER),
 }
 """Those of kernels.cpp, and what they take."""
+RETURNING = ("lanes", "sum_of_threads", "run_blocks")
+"""Those that return a number."""
 
 
 @cache
@@ -87,12 +96,19 @@ def available() -> bool:
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernels, made now if they haven't been. ValueError, in a sentence, where that can't be done."""
-    path = _folder() / f"kernels-{_key()}.so"
-    if not path.exists():
-        build(path)
-    library = opened(path)
-    _check(library)
-    return library
+    try:
+        path = _place()
+        if not path.exists():
+            build(path)
+        library = opened(path)
+        try:
+            _check(library)
+        except ValueError:
+            path.unlink()  # another compiler, or a newer one, shall have its try
+            raise
+        return library
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"the kernels of llama/kernels can't be compiled or loaded here ({error})") from error
 
 
 def opened(path: Path) -> ctypes.CDLL:
@@ -101,14 +117,14 @@ def opened(path: Path) -> ctypes.CDLL:
     for name, arguments in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = ctypes.c_int64 if name in ("lanes", "run_blocks") else None
+        function.restype = ctypes.c_int64 if name in RETURNING else None
     return library
 
 
 def build(path: Path, more_flags: tuple[str, ...] = ()) -> None:
     """Compiles kernels.cpp into `path`, which is whole or not there."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = _compiler()
+    if not compiler:
         raise ValueError(
             "the kernels of llama/kernels need a C++ compiler, and there is neither g++ nor clang++ here: install one "
             "(apt install g++), or name it in the environment variable CXX"
@@ -118,35 +134,46 @@ def build(path: Path, more_flags: tuple[str, ...] = ()) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch, path.name)
-        command = [*compiler.split(), *FLAGS, *more_flags, str(SOURCE), "-o", str(made), *_openmp()]
+        command = [*compiler, *FLAGS, *more_flags, str(SOURCE), "-o", str(made), *_openmp(compiler)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             reason = next((line for line in ended.stderr.splitlines() if "error" in line), ended.stderr[-300:])
             raise ValueError(
-                f"{compiler} could not compile {SOURCE} ({reason.strip()}): update it (GCC 9 or Clang 12 will do), or "
-                "name another in the environment variable CXX"
+                f"{' '.join(compiler)} could not compile {SOURCE} ({reason.strip()}): update it (GCC 9 or Clang 12, "
+                "with OpenMP, will do), or name another in the environment variable CXX"
             )
         made.replace(path)
 
 
-def _openmp() -> list[str]:
-    """PyTorch's own OpenMP, so that its threads and these are the same, and don't wait for each other's processors."""
+def _compiler() -> list[str]:
+    """The compiler's command; empty where there is none."""
+    named = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return shlex.split(named) if named else []
+
+
+def _openmp(compiler: Sequence[str]) -> list[str]:
+    """PyTorch's own OpenMP, so that its threads and these are the same, and don't wait for each other's processors. It
+    is GCC's: Clang brings another, and takes functions of this one for its own."""
     folder = Path(torch.__file__).parent
     found = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
-    return [str(found[0])] if found else []
+    return [str(found[0])] if found and "clang" not in Path(compiler[0]).name else []
 
 
-def _folder() -> Path:
-    """Where what was compiled is kept: the user's cache folder, or a scratch folder where that can't be written to."""
+def _place() -> Path:
+    """Where what was compiled is, or is to be: in the user's cache folder, or in a scratch folder where that can't be
+    written to."""
+    name = f"kernels-{_key()}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codellama"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="codellama-"))
+    if (folder / name).exists() or os.access(folder, os.W_OK):
+        return folder / name
+    return Path(tempfile.gettempdir(), f"codellama-{getpass.getuser()}", name)
 
 
 def _key() -> str:
-    """Of the source, the flags and the processor: what the result depends on."""
-    features = [platform.machine(), platform.processor(), str(_openmp())]
+    """Of what the result depends on: the source, the compiler's command, and the processor."""
+    features = [platform.machine(), platform.processor(), *_compiler(), torch.__version__]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
@@ -154,11 +181,24 @@ def _key() -> str:
 
 
 def _check(library: ctypes.CDLL) -> None:
-    """A product of each row of 1 to 300 times 1, by weights of 2: a compiler's or a processor's mistake stops here."""
-    columns, rows = 300, 7
-    weight, x, out = torch.full((rows, columns), 2.0), torch.arange(1.0, columns + 1), torch.zeros(rows)
-    for kind, tensor in ((0, weight), (1, weight.bfloat16())):
-        matrix = Matrix(tensor.data_ptr(), None, None, kind, rows, columns, 0)
+    """Products of each row by 1 to 320, and two threads that know which they are: a compiler's or a processor's mistake
+    stops here."""
+    columns, rows = 320, 7
+    twos, x = torch.full((rows, columns), 2.0, **EXACT), torch.arange(1, columns + 1, **EXACT)
+    codes, fours = twos.to(torch.int8), torch.full((rows, columns // 2), 0xAA, dtype=torch.uint8, device="cpu")
+    one, groups = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu"), columns // 10
+    out = torch.empty(rows, **EXACT)
+    for kind, stored, scale, zero, group in (
+        (0, twos, None, None, 0),
+        (1, twos.bfloat16(), None, None, 0),
+        (2, codes, one[:, 0].contiguous(), None, 0),
+        (3, fours, one, torch.zeros_like(one), groups),
+    ):
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, zero))
+        matrix = Matrix(*pointers, kind, rows, columns, group)
+        out.fill_(torch.nan)
         library.multiply(ctypes.byref(matrix), x.data_ptr(), 1, out.data_ptr(), 2)
-        if not torch.equal(out, torch.full((rows,), float(columns * (columns + 1)))):
+        if not torch.equal(out, torch.full((rows,), float(columns * (columns + 1)), **EXACT)):
             raise ValueError(f"what {SOURCE} was compiled to multiplies wrongly here: name another compiler in CXX")
+    if library.sum_of_threads(2) != 1:
+        raise ValueError(f"what {SOURCE} was compiled to has OpenMP's threads mixed up: name another compiler in CXX")

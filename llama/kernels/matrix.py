@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ FLOAT32, BFLOAT16, INT8, INT4, NF4 = range(5)
 PLAIN = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 FEW = 32
 """Vectors up to which the kernels are used; from more on a matrix product is faster (docs/LOG.md)."""
-AT_ONCE = 1 << 20
+WIDENED = 1 << 20
 """Numbers of a weight that are made wide at a time: 4 MB."""
 
 
@@ -45,20 +46,21 @@ class Matrix:
         """A plain weight (N, C), float32 or bfloat16."""
         return cls(PLAIN[weight.dtype], weight.detach(), weight.shape[1])
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Matrix:
-        copies = (None if t is None else t.clone() for t in (self.codes, self.scale, self.zero))
-        codes, scale, zero = copies
-        assert codes is not None
-        return Matrix(self.kind, codes, self.shape[1], scale, zero)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Matrix, (self.kind, self.codes, self.shape[1], self.scale, self.zero)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            raise ValueError(
+                f"a product on {x.device} by a weight that stays on the CPU: load the model on the device it is to run on"
+            )
         rows = x.reshape(-1, self.shape[1])
         out = self._few(rows) if len(rows) <= FEW else self._many(rows)
         return out.to(x.dtype).view(*x.shape[:-1], self.shape[0])
 
     def _few(self, rows: Tensor) -> Tensor:
         wide = rows.float().contiguous()
-        out = torch.empty(len(rows), self.shape[0])
+        out = torch.empty(len(rows), self.shape[0], **library.EXACT)
         threads = torch.get_num_threads()
         library.load().multiply(ctypes.byref(self.struct), wide.data_ptr(), len(rows), out.data_ptr(), threads)
         return out
@@ -72,7 +74,7 @@ class Matrix:
         if self.kind == FLOAT32:
             return product(rows, self.codes)
         out = rows.new_empty(len(rows), self.shape[0])
-        step = max(1, AT_ONCE // self.shape[1])
+        step = max(1, WIDENED // self.shape[1])
         for first in range(0, self.shape[0], step):
             weight = self.decode(first, min(step, self.shape[0] - first)).to(dtype)
             out[:, first : first + step] = product(rows, weight)
@@ -86,7 +88,7 @@ class Matrix:
         assert self.codes is not None
         if self.kind in (FLOAT32, BFLOAT16, INT8):
             return self.codes[first : first + count]
-        out = torch.empty(count, self.shape[1])
+        out = torch.empty(count, self.shape[1], **library.EXACT)
         threads = torch.get_num_threads()
         library.load().decode(ctypes.byref(self.struct), first, count, out.data_ptr(), threads)
         return out

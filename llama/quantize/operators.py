@@ -57,6 +57,8 @@ class Operator:
     """The inverse of `pack`, bit by bit."""
     dtype: torch.dtype | None = torch.bfloat16
     """Of the arithmetic; None: whatever the rows are in."""
+    matrix: Callable[[Packed], Matrix | None] = lambda _: None
+    """What llama/kernels multiply by, where the product is that by it and nothing else: so they may do whole steps."""
 
 
 def plain(decode: Decode) -> Operator:
@@ -99,7 +101,9 @@ def of_kernels(kind: int, *numbers: str) -> Operator:
         matrix = packed["matrix"]
         return dict(zip(("codes", *numbers), (matrix.codes, matrix.scale, matrix.zero), strict=False))
 
-    return Operator(_takes_kernels, pack, lambda packed, x: packed["matrix"](x), unpack, None)
+    return Operator(
+        _takes_kernels, pack, lambda packed, x: packed["matrix"](x), unpack, None, lambda packed: packed["matrix"]
+    )
 
 
 INT8_KERNEL, INT4_KERNEL = of_kernels(KIND_INT8, "scale"), of_kernels(KIND_INT4, "scale", "zero")
@@ -108,17 +112,11 @@ NF4_KERNEL = of_kernels(KIND_NF4, "absmax")
 
 def _rounded(packed: Packed, x: Tensor) -> Tensor:
     codes, scale = _rows_to_int8(x)
-    out: Tensor = packed["whole"](codes).mul_(scale)
+    out: Tensor = packed["matrix"](codes).mul_(scale)
     return out.to(x.dtype)
 
 
-INT8_ROUNDED = Operator(
-    _takes_kernels,
-    lambda stored: {"whole": INT8_KERNEL.pack(stored)["matrix"]},
-    _rounded,
-    lambda packed: INT8_KERNEL.unpack({"matrix": packed["whole"]}),
-    None,
-)
+INT8_ROUNDED = Operator(_takes_kernels, INT8_KERNEL.pack, _rounded, INT8_KERNEL.unpack, None)
 """The same with activations in 8 bits, for a processor without instructions for them: whole numbers, as floats."""
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama.kernels.matrix import Matrix
 from llama.quantize import nf4
 from llama.quantize.codes import from_int4, from_int8, to_int4, to_int8
 from llama.quantize.operators import FBGEMM, INT8, INT8_KERNEL, INT8_ROUNDED, INT_MM, Operator, Stored, int4, plain
@@ -163,9 +163,9 @@ class Quantized:
         return Quantized(self.scheme, {key: torch.cat([stored[key] for stored in every]) for key in every[0]})
 
     @property
-    def matrix(self) -> Any:
-        """The `llama.kernels.matrix.Matrix` that it multiplies by, or None where it doesn't."""
-        return self._packed.get("matrix")
+    def matrix(self) -> Matrix | None:
+        """What the kernels need of it to multiply by it themselves; None where they can't."""
+        return self.operator.matrix(self._packed)
 
     @property
     def stored(self) -> Stored:

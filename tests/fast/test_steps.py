@@ -7,6 +7,7 @@ another's keys, softmax over more slots than it takes at once.
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -34,8 +35,22 @@ def model(dtype: torch.dtype = torch.float32, **sizes: int) -> Transformer:
 
 
 def in_one_call(made: Transformer) -> Steps:
-    assert isinstance(made.hidden, Steps)
-    return made.hidden
+    """A fast model's steps; whoever leaves one to the blocks fails."""
+    steps = made.hidden
+    assert isinstance(steps, Steps)
+
+    def blocks(tokens: Tensor, *rest: object) -> Tensor:
+        assert tokens.numel() > FEW, f"{tuple(tokens.shape)} tokens were left to the blocks"
+        return Steps.blocks(steps, tokens, *rest)
+
+    steps.blocks = blocks
+    return steps
+
+
+def scores(made: Transformer, tokens: Tensor, starts: int | list[int]) -> Tensor:
+    """Over the model's own cache."""
+    with torch.inference_mode():
+        return made.logits(made.hidden(tokens, starts, made.own_cache()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,11 +84,65 @@ def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
     quantised = quantize_(model(), scheme)
     fast = speed_up_(copy.deepcopy(quantised))
     in_one_call(fast)
-    tokens = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        for made in (quantised, fast):
-            made(tokens[:, :20], 0)
-        torch.testing.assert_close(fast(tokens[:, 20:24], 20), quantised(tokens[:, 20:24], 20), rtol=0, atol=1e-4)
+    tokens = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(1))
+    for part, starts in ((tokens[:, :30], 0), (tokens[:, 30:34], 30), (tokens[:, 34:35], [34, 7])):
+        right = scores(quantised, part, starts)
+        assert right.abs().max() > 1
+        torch.testing.assert_close(scores(fast, part, starts), right, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (8, 2), (4, 1)])
+def test_threads_share_a_step_and_change_nothing(n_heads: int, n_kv_heads: int) -> None:
+    """Bit by bit: nothing is added up in another order, and nobody reads what another has not written yet."""
+    fast = speed_up_(model(torch.bfloat16, n_heads=n_heads, n_kv_heads=n_kv_heads, multiple_of=40))
+    in_one_call(fast)
+    tokens, before = torch.arange(60).view(3, 20), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            for _ in range(5):
+                parts = (scores(fast, tokens[:, :9], 0), scores(fast, tokens[:, 9:11], [9, 5, 0]))
+                found.append(torch.cat((*parts, scores(fast, tokens[:, 11:12], 11)), 1))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].abs().max() > 1
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
+def test_pytorchs_defaults_change_nothing() -> None:
+    """Memory that is handed over is float32 on the CPU, whatever new tensors are by default."""
+    fast, token = speed_up_(model()), torch.tensor([[5, 6]])
+    right = scores(fast, token, 0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(scores(fast, token, 0), right)
+        with torch.device("meta"):
+            assert torch.equal(scores(fast, token, 0), right)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_fast_model_says_that_it_is_not_copied() -> None:
+    with pytest.raises(TypeError, match="copy the plain one, and make both fast"):
+        copy.deepcopy(speed_up_(model()))
+
+
+def test_a_model_that_is_let_go_is_gone() -> None:
+    """Not when Python next looks for circles: its weights may be all the memory there is."""
+    import gc
+
+    gc.disable()
+    try:
+        fast = speed_up_(model())
+        scores(fast, torch.tensor([[5]]), 0)
+        gone = weakref.ref(fast)
+        del fast
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_activations_in_8_bits_are_rounded_between_products_so_blocks_do_it() -> None:
@@ -91,7 +160,7 @@ def test_float32_writes_the_same_200_tokens() -> None:
 
 
 def test_bfloat16_weights_lose_less_than_a_thousandth_of_perplexity() -> None:
-    """Token by token, over the cache in bfloat16, against the same weights in float32 throughout."""
+    """Token by token, over the cache in bfloat16, against the same weights in float32 throughout: the embedded ones."""
     exact = Llama.build(max_seq_len=512, max_batch_size=1)
     fast = Llama.build(max_seq_len=512, max_batch_size=1, dtype=torch.bfloat16, fast=True)
     for weight in exact.model.parameters():
@@ -119,15 +188,16 @@ def test_what_is_no_position_or_no_token_is_said() -> None:
     token = torch.zeros(1, 1, dtype=torch.int64)
     with torch.inference_mode():
         for starts, B in ((64, 1), (-1, 1), ([0, 1], 1), (0, 4)):
-            with pytest.raises(ValueError, match="positions|rows"):
+            with pytest.raises(ValueError, match=r"positions|rows"):
                 fast.hidden(token.expand(B, 1), starts, fast.own_cache())
         for wrong in (-1, 96):
             with pytest.raises(IndexError, match=f"token {wrong} of a vocabulary of 96"):
                 fast.hidden(torch.tensor([[5, wrong]]), 0, fast.own_cache())
-        fast.hidden(torch.tensor([[5, 95]]), 62, fast.own_cache())
+        right = fast.hidden(torch.tensor([[5, 95]]), 62, fast.own_cache())
+        assert torch.equal(fast.hidden(torch.tensor([[5, 95]], dtype=torch.int32), 62, fast.own_cache()), right)
 
 
-def test_another_cache_is_written_to_and_the_first_let_go() -> None:
+def test_another_cache_is_written_to_and_then_the_first_again() -> None:
     exact, fast = model(), speed_up_(model())
     steps = in_one_call(fast)
     first, second = fast.own_cache(), fast.new_cache(1, 32)
@@ -140,12 +210,14 @@ def test_another_cache_is_written_to_and_the_first_let_go() -> None:
         assert all(torch.equal(a, b) for a, b in zip(kept, (*first.keys, *first.values), strict=True))
         for found, right in zip((*second.keys, *second.values), (*other.keys, *other.values), strict=True):
             torch.testing.assert_close(found, right, rtol=0, atol=1e-4)
+        steps(one, 0, first)
+        assert not torch.equal(kept[0], first.keys[0])
 
 
 def test_other_caches_and_prompts_are_left_to_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = speed_up_(model())
     steps, left = in_one_call(fast), []
-    monkeypatch.setattr(steps, "plain", lambda tokens, start, cache: left.append(tuple(tokens.shape)))
+    monkeypatch.setattr(steps, "blocks", lambda tokens, start, cache: left.append(tuple(tokens.shape)))
     with torch.inference_mode():
         steps(torch.zeros(1, FEW + 1, dtype=torch.int64), 0, fast.own_cache())
         steps(torch.zeros(1, 2, dtype=torch.int64), 0, int8_cache(fast))
@@ -167,9 +239,8 @@ def on_a_rank(init_method: str, scheme: str | None) -> Tensor:
 
 def read(fast: Transformer) -> Tensor:
     tokens = torch.arange(80).view(2, 40)
-    with torch.inference_mode():
-        fast(tokens[:, :36], 0)
-        return torch.cat((fast(tokens[:, 36:37], 36), fast(tokens[:, 37:38], [37, 11]), fast(tokens[:, 38:40], 38)), 1)
+    parts = ((tokens[:, :36], 0), (tokens[:, 36:37], 36), (tokens[:, 37:38], [37, 11]), (tokens[:, 38:40], 38))
+    return torch.cat([scores(fast, part, starts) for part, starts in parts], 1)
 
 
 @pytest.mark.parametrize(("ranks", "scheme"), [(2, None), (2, "int4"), (4, None)])
@@ -178,5 +249,6 @@ def test_ranks_together_compute_what_one_does(ranks: int, scheme: str | None) ->
     made = model()
     expected = read(speed_up_(quantize_(made, scheme) if scheme else made))
     assert expected.abs().max() > 1
+    assert not torch.equal(expected[:, -1], expected[:, -2])
     for found in on_ranks(on_a_rank, ranks, scheme, limit=120):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
