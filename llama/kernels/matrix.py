@@ -52,7 +52,7 @@ class Matrix:
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_cpu:
             raise ValueError(
-                f"a product on {x.device} by a weight that stays on the CPU: load the model on the device it is to run on"
+                f"a product on {x.device} by a weight that stays on the CPU: load the model on that device"
             )
         rows = x.reshape(-1, self.shape[1])
         out = self._few(rows) if len(rows) <= FEW else self._many(rows)
