@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import getpass
 import hashlib
 import os
 import platform
@@ -160,15 +159,15 @@ def _openmp(compiler: Sequence[str]) -> list[str]:
 
 
 def _place() -> Path:
-    """Where what was compiled is, or is to be: in the user's cache folder, or in a scratch folder where that can't be
-    written to."""
+    """Where what was compiled is, or is to be: in the user's cache folder, or in a new scratch folder where that
+    can't be written to."""
     name = f"kernels-{_key()}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codellama"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / name).exists() or os.access(folder, os.W_OK):
         return folder / name
-    return Path(tempfile.gettempdir(), f"codellama-{getpass.getuser()}", name)
+    return Path(tempfile.mkdtemp(prefix="codellama-"), name)  # nobody else can have put anything there
 
 
 def _key() -> str:

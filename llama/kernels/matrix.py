@@ -22,7 +22,8 @@ FLOAT32, BFLOAT16, INT8, INT4, NF4 = range(5)
 """kernels.cpp's kinds."""
 PLAIN = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 FEW = 32
-"""Vectors up to which the kernels are used; from more on a matrix product is faster (docs/LOG.md)."""
+"""Vectors up to which the kernels are used. In float32 a matrix product is quicker from 32 on; for narrower
+weights, which it needs widened, not yet with 64 (docs/LOG.md)."""
 WIDENED = 1 << 20
 """Numbers of a weight that are made wide at a time: 4 MB."""
 
