@@ -7,7 +7,7 @@
 // in float32, whatever the weights are kept in: they are widened in registers, on their way from memory.
 //
 // Nothing here depends on PyTorch or on a processor: vectors are GCC's (Clang has them too), LANES numbers wide, and the
-// compiler turns them into what there is. Letters are those of model.py: B rows of T new tokens each, n = B * T tokens,
+// compiler turns them into what there is; where x86 has an instruction that it would not find, that is called by name. Letters are those of model.py: B rows of T new tokens each, n = B * T tokens,
 // H query heads, K kv heads, D head dim, S slots.
 
 #include <omp.h>
@@ -18,6 +18,10 @@
 #include <cstring>
 #include <initializer_list>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #ifndef LANES
 #if defined(__AVX512F__)
@@ -70,6 +74,9 @@ enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4 };
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));  // twice as many
+typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
 
 template <class V>
 inline V load(const void* at) {  // from any address
@@ -79,7 +86,8 @@ inline V load(const void* at) {  // from any address
 }
 
 // Keeps the compiler from reading a number anew from memory for each use of it.
-inline Floats once(Floats v) {
+template <class V>
+inline V once(V v) {
 #if (LANES == 16 && defined(__AVX512F__)) || (LANES == 8 && defined(__AVX__)) || (LANES == 4 && defined(__SSE__))
     asm("" : "+x"(v));
 #endif
@@ -87,6 +95,24 @@ inline Floats once(Floats v) {
 }
 
 inline void store(float* at, Floats v) { std::memcpy(at, &v, sizeof v); }
+
+inline Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; }
+
+// Of whole numbers, to each lane the two products that it holds. x86 has an instruction for it that GCC doesn't find.
+inline Ints add_product(Ints sum, Shorts a, Shorts b) {
+#if LANES == 16 && defined(__AVX512VNNI__)
+    return Ints(_mm512_dpwssd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
+#elif LANES == 16 && defined(__AVX512BW__)
+    return sum + Ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#elif LANES == 8 && defined(__AVX2__)
+    return sum + Ints(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#elif LANES == 4 && defined(__SSE2__)
+    return sum + Ints(_mm_madd_epi16(__m128i(a), __m128i(b)));
+#else
+    Ints left = load<Ints>(&a), right = load<Ints>(&b);
+    return sum + (left << 16 >> 16) * (right << 16 >> 16) + (left >> 16) * (right >> 16);
+#endif
+}
 
 inline float widen(uint16_t half) {  // bfloat16 is the upper half of a float32
     uint32_t bits = uint32_t(half) << 16;
@@ -135,19 +161,24 @@ inline Floats lane_sums(const float* x, int64_t count) {
 
 // Weights -------------------------------------------------------------------------------------------------------------
 //
-// Each kind says how a STEP of columns is read: VECTORS times LANES numbers, in whatever order and size cost least to get
-// from its bytes. x is brought into that order once (`place`), and made smaller where they are `larger` than the weights.
-// `at` is one weight by its column: it is what the others must agree with, and does what is left of a row whose columns
-// are no whole number of steps. What all weights of a group (GROUP columns; 0: a row) have in common is left out of them,
-// and multiplied by the sum of the group's x: `offset`.
+// Each kind says how a STEP of columns is read: VECTORS vectors of Numbers, in whatever order costs least to get from its
+// bytes. x is brought into that order once (`place`: PLACED floats' room a step). `at` is one weight by its column: it is
+// what the others must agree with, and does what is left of a row whose columns are no whole number of steps.
+//
+// 32 and 16 bits are multiplied as floats. 8 and 4 bits are multiplied as WHOLE numbers of 16 bits, two products at once in
+// a lane of 32, which takes half the instructions: SHARED columns of x are rounded to 16 bits by a common power of two, and
+// a step's sums are multiplied by it, and by the weights' `scales`. That is finer than bfloat16 for whatever of x is not
+// below a 64th of the largest that shares its power. What the weights of a group have in common is left out of them, and
+// multiplied by the sum of the group's x: `offset`.
 
 struct Float32 {
-    static constexpr int VECTORS = 1, STEP = LANES;
-    static constexpr bool GROUPED = false, OFFSET = false, TALL = false;
-    static int place(int vector, int lane) { return lane; }
-    static float larger(int vector) { return 1; }
+    using Numbers = Floats;
+    using Sums = Floats;
+    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP;
+    static constexpr bool WHOLE = false, OFFSET = false;
+    static constexpr int TALL = 4;
+    static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
-    static void place_sums(const float*, int64_t, int64_t, float*) {}
     static int64_t bytes(int64_t columns) { return 4 * columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return static_cast<const float*>(m.codes)[row * m.columns + column];
@@ -156,16 +187,17 @@ struct Float32 {
 };
 
 struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once the first is taken off it
-    static constexpr int VECTORS = 2, STEP = 2 * LANES;
-    static constexpr bool GROUPED = false, OFFSET = false, TALL = false;
-    static int place(int vector, int lane) { return 2 * lane + vector; }
-    static float larger(int vector) { return 1; }
+    using Numbers = Floats;
+    using Sums = Floats;
+    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP;
+    static constexpr bool WHOLE = false, OFFSET = false;
+    static constexpr int TALL = 4;
+    static int column(int vector, int lane) { return 2 * lane + vector; }
     static Floats get(const uint8_t* row, int64_t step, int vector) {
         Words pairs = load<Words>(row + step * 4 * LANES);
         pairs = vector ? pairs & 0xffff0000u : pairs << 16;
         return load<Floats>(&pairs);
     }
-    static void place_sums(const float*, int64_t, int64_t, float*) {}
     static int64_t bytes(int64_t columns) { return 2 * columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return widen(static_cast<const uint16_t*>(m.codes)[row * m.columns + column]);
@@ -173,18 +205,18 @@ struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once
     static float finish(const Matrix& m, int64_t row, float sum) { return sum; }
 };
 
-struct Int8 {  // four neighbours in 32 bits, each left where it stands; with 128 more they have no sign
-    static constexpr int VECTORS = 4, STEP = 4 * LANES;
-    static constexpr bool GROUPED = false, OFFSET = true, TALL = false;
-    static int place(int vector, int lane) { return 4 * lane + vector; }
-    static float larger(int vector) { return vector < 3 ? float(1 << 8 * vector) : 1; }
-    static Floats get(const uint8_t* row, int64_t step, int vector) {
-        Words fours = load<Words>(row + step * 4 * LANES) ^ 0x80808080u;
-        fours = vector < 3 ? fours & 255u << 8 * vector : fours >> 24;
-        return __builtin_convertvector(load<Ints>(&fours), Floats);
+struct Int8 {
+    using Numbers = Shorts;
+    using Sums = Ints;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = STEP, TALL = 4;
+    static constexpr bool WHOLE = true, OFFSET = false;
+    static constexpr float UNIT = 1;
+    static int column(int vector, int number) { return vector / 2 * 4 * LANES + 2 * number + vector % 2; }
+    static Shorts get(const uint8_t* row, int64_t step, int vector) {  // of two neighbours in 16 bits, one
+        Shorts pairs = once(load<Shorts>(row + step * STEP + vector / 2 * 4 * LANES));
+        return (vector % 2 ? pairs : Shorts(Halves(pairs) << uint16_t(8))) >> int16_t(8);
     }
-    static void place_sums(const float* x, int64_t whole, int64_t, float* placed) { store(placed, lane_sums(x, whole)); }
-    static Floats offset(const Matrix&, int64_t, const float* sums) { return -128.0f * load<Floats>(sums); }
+    static Floats scales(const uint16_t*, int64_t) { return Floats{} + 1.0f; }  // `finish` has the row's
     static int64_t bytes(int64_t columns) { return columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return static_cast<const int8_t*>(m.codes)[row * m.columns + column];
@@ -192,13 +224,14 @@ struct Int8 {  // four neighbours in 32 bits, each left where it stands; with 12
     static float finish(const Matrix& m, int64_t row, float sum) { return sum * widen(m.scale[row]); }
 };
 
-// 4 bits, two in a byte, the first in the upper half. A lane reads eight neighbours in its 32 bits; they are multiplied as
-// they are, and a step's sums by the scale of each lane's group.
+// 4 bits, two in a byte, the first in the upper half. Each lane reads eight neighbours in its 32 bits.
 template <int GROUP>
 struct FourBits {
-    static constexpr int VECTORS = 8, STEP = 8 * LANES;
-    static constexpr bool GROUPED = true;
-    static int place(int vector, int lane) { return 8 * lane + (vector ^ 1); }
+    using Numbers = Shorts;
+    using Sums = Ints;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = GROUP, TALL = 2;
+    static constexpr bool WHOLE = true;
+    static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
     static int64_t bytes(int64_t columns) { return columns / 2; }
     static int code_at(const Matrix& m, int64_t row, int64_t column) {
         int64_t index = row * m.columns + column;
@@ -207,11 +240,17 @@ struct FourBits {
     }
     static float finish(const Matrix& m, int64_t row, float sum) { return sum; }
 
+    // Where a group's sum is placed: Bfloat16 reads a row of scales as it reads a row of weights.
+    static int64_t placed_group(int64_t g) { return g / (2 * LANES) * (2 * LANES) + g % 2 * LANES + g % (2 * LANES) / 2; }
+
     // A step's scales, in the lanes of their groups. Two bfloat16 are read at once, and each is shifted to where a float32
     // has its upper half.
     static Floats scales(const uint16_t* of_row, int64_t step) {
         constexpr int lanes = GROUP / 8;
-        if constexpr (lanes >= LANES) return Floats{} + widen(of_row[step / (lanes / LANES)]);
+        if constexpr (lanes >= LANES) {
+            Words pairs = Words(Halves{} + of_row[step / (lanes / LANES)]) & 0xffff0000u;
+            return load<Floats>(&pairs);
+        }
         const uint16_t* here = of_row + step * (LANES / lanes);
         uint32_t shifts[LANES], second[LANES];
         for (int i = 0; i < LANES; i++) shifts[i] = i / lanes % 2 ? 0 : 16, second[i] = i / lanes / 2 ? ~0u : 0;
@@ -225,19 +264,11 @@ struct FourBits {
 
 template <int GROUP>
 struct Int4 : FourBits<GROUP> {  // (code - 8) * scale + zero
-    static constexpr bool OFFSET = true, TALL = true;
-    static float larger(int vector) { return vector < 7 ? float(1 << 4 * vector) : 1; }
-    static Floats get(const uint8_t* row, int64_t step, int vector) {
-        Words eights = load<Words>(row + step * 4 * LANES);
-        eights = vector < 7 ? eights & 15u << 4 * vector : eights >> 28;
-        return __builtin_convertvector(load<Ints>(&eights), Floats);
-    }
-    // Where a group's sum is placed: Bfloat16 reads a row of scales as it reads a row of weights.
-    static int64_t placed_group(int64_t g) { return g / (2 * LANES) * (2 * LANES) + g % 2 * LANES + g % (2 * LANES) / 2; }
-
-    static void place_sums(const float* x, int64_t whole, int64_t columns, float* placed) {
-        std::fill(placed, placed + (columns / GROUP + 2 * LANES - 1) / (2 * LANES) * (2 * LANES), 0.0f);
-        for (int64_t g = 0; g < whole / GROUP; g++) placed[placed_group(g)] = sum(lane_sums(x + g * GROUP, GROUP));
+    static constexpr bool OFFSET = true;
+    static constexpr float UNIT = 1;
+    static Shorts get(const uint8_t* row, int64_t step, int vector) {
+        Halves fours = once(load<Halves>(row + step * 4 * LANES));
+        return Shorts(vector == 3 ? fours >> uint16_t(12) : fours >> uint16_t(4 * vector) & uint16_t(15));
     }
     // Of (code - 8) * scale + zero, what is not code * scale. There are zeros behind the sums, so that numbers of the next
     // row, which are finite, do no harm; behind the last row there are none.
@@ -246,11 +277,14 @@ struct Int4 : FourBits<GROUP> {  // (code - 8) * scale + zero
         const uint16_t *scale = m.scale + first, *zero = m.zero + first;
         if (first + steps * Bfloat16::STEP > m.rows * groups) {
             float rest = 0;
-            for (int64_t g = 0; g < groups; g++) rest += (widen(zero[g]) - 8 * widen(scale[g])) * sums[placed_group(g)];
+            for (int64_t g = 0; g < groups; g++)
+                rest += (widen(zero[g]) - 8 * widen(scale[g])) * sums[FourBits<GROUP>::placed_group(g)];
             return Floats{rest};
         }
         Floats total = {};
+#pragma GCC unroll 4
         for (int64_t s = 0; s < steps; s++)
+#pragma GCC unroll 2
             for (int v = 0; v < Bfloat16::VECTORS; v++, sums += LANES) {
                 auto read = [&](const uint16_t* of) { return Bfloat16::get(reinterpret_cast<const uint8_t*>(of), s, v); };
                 total += (read(zero) - 8.0f * read(scale)) * load<Floats>(sums);
@@ -269,22 +303,61 @@ constexpr float NORMAL[16] = {
     -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
+constexpr float ONE = 8191;  // what the level 1 is as a whole number: of eight products the sum has 32 bits
+
+struct Levels {  // as whole numbers of 16 bits
+    uint8_t lower[16] = {}, upper[16] = {};
+    constexpr Levels() {
+        for (int i = 0; i < 16; i++) {
+            int level = int(NORMAL[i] * ONE + (NORMAL[i] < 0 ? -0.5f : 0.5f));
+            lower[i] = uint8_t(level), upper[i] = uint8_t(level >> 8);
+        }
+    }
+};
+constexpr Levels LEVELS;
+
+inline Bytes look_up(const uint8_t (&table)[16], Bytes codes) {
+#if LANES == 16 && defined(__AVX512BW__)
+    return Bytes(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), __m512i(codes)));
+#elif LANES == 8 && defined(__AVX2__)
+    return Bytes(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load<__m128i>(table)), __m256i(codes)));
+#elif LANES == 4 && defined(__SSSE3__)
+    return Bytes(_mm_shuffle_epi8(load<__m128i>(table), __m128i(codes)));
+#else
+    for (int i = 0; i < 4 * LANES; i++) codes[i] = table[codes[i]];
+    return codes;
+#endif
+}
+
+// Of each sixteen bytes eight (the first, or the second), with those of `upper` on top.
+inline Shorts interleave(Bytes lower, Bytes upper, int second) {
+#if LANES == 16 && defined(__AVX512BW__)
+    auto a = __m512i(lower), b = __m512i(upper);
+    return Shorts(second ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b));
+#elif LANES == 8 && defined(__AVX2__)
+    auto a = __m256i(lower), b = __m256i(upper);
+    return Shorts(second ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b));
+#else
+    Shorts both;
+    for (int i = 0; i < 2 * LANES; i++) {
+        int from = i / 8 * 16 + second * 8 + i % 8;
+        both[i] = int16_t(lower[from] | upper[from] << 8);
+    }
+    return both;
+#endif
+}
+
 template <int GROUP>
 struct Nf4 : FourBits<GROUP> {  // level(code) * scale
-    static constexpr bool OFFSET = false, TALL = false;
-    static void place_sums(const float*, int64_t, int64_t, float*) {}
-    static float larger(int vector) { return 1; }
-    static Floats get(const uint8_t* row, int64_t step, int vector) {
-        Words found = load<Words>(row + step * 4 * LANES) >> uint32_t(4 * vector) & 15u;
-#if LANES == 8 && !defined(__clang__)
-        return __builtin_shuffle(load<Floats>(NORMAL), load<Floats>(NORMAL + 8), load<Ints>(&found));
-#elif LANES == 16 && !defined(__clang__)
-        return __builtin_shuffle(load<Floats>(NORMAL), load<Ints>(&found));
-#else
-        float levels[LANES];
-        for (int i = 0; i < LANES; i++) levels[i] = NORMAL[found[i]];
-        return load<Floats>(levels);
-#endif
+    static constexpr bool OFFSET = false;
+    static constexpr float UNIT = 1 / ONE;
+    // A level's lower bytes and its upper ones are looked up by themselves, and come together in halves of sixteen.
+    static int column(int vector, int number) {
+        return 2 * (number / 8 * 16 + vector % 2 * 8 + number % 8) + (vector < 2);
+    }
+    static Shorts get(const uint8_t* row, int64_t step, int vector) {
+        Bytes pairs = load<Bytes>(row + step * 4 * LANES), codes = (vector < 2 ? pairs : pairs >> 4) & uint8_t(15);
+        return interleave(look_up(LEVELS.lower, codes), look_up(LEVELS.upper, codes), vector % 2);
     }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return NORMAL[FourBits<GROUP>::code_at(m, row, column)] * widen(m.scale[(row * m.columns + column) / GROUP]);
@@ -293,18 +366,72 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
 
 // Products ------------------------------------------------------------------------------------------------------------
 
+constexpr int64_t AHEAD = 1024;  // bytes of a row: what is asked for from memory while others are multiplied
+
+struct Rounded {
+    float power, sum;
+};
+
+// COUNT numbers as whole ones (in the lower 16 bits), the power of two that these are to be multiplied by, and their sum
+// times that. The largest has 15 bits; beside infinity, or what is no number, nothing is one.
+template <int64_t COUNT>
+Rounded round_together(const float* x, int32_t* numbers) {
+    Words highest = {};
+    for (int64_t i = 0; i < COUNT; i += LANES) {
+        Words size = load<Words>(x + i) & 0x7fffffffu;
+        highest = size > highest ? size : highest;
+    }
+    uint32_t most = 0;
+    for (int i = 0; i < LANES; i++) most = std::max(most, uint32_t(highest[i]));
+    float power = std::max(widen(uint16_t(most >> 16 & 0x7f80)), 0x1p-112f);
+    Floats total = {};
+    const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its lower bits
+    for (int64_t i = 0; i < COUNT; i += LANES) {
+        Floats number = load<Floats>(x + i) * (0x1p14f / power);
+        number = number > 32767.0f ? Floats{} + 32767.0f : number;
+        number += magic;
+        std::memcpy(numbers + i, &number, sizeof number);
+        total += number - magic;
+    }
+    power = most < 0x7f800000 ? power * 0x1p-14f : std::nanf("");
+    return {power, power * sum(total)};
+}
+
 // x as W wants it: step by step, what is left of a row, and the sums of groups, in the order in which Bfloat16 reads the
 // groups' numbers.
 template <class W>
 void place(const Matrix& m, const float* x, float* placed) {
-    int64_t steps = m.columns / W::STEP, whole = steps * W::STEP;
-    for (int64_t s = 0; s < steps; s++)
-#pragma GCC unroll 8
-        for (int v = 0; v < W::VECTORS; v++)
+    int64_t steps = m.columns / W::STEP, whole = steps * W::STEP, groups = m.group ? m.columns / m.group : 0;
+    float* sums = std::copy(x + whole, x + m.columns, placed + steps * W::PLACED);
+    if constexpr (W::OFFSET) std::fill(sums, sums + (groups + 2 * LANES - 1) / (2 * LANES) * (2 * LANES), 0.0f);
+    if constexpr (!W::WHOLE) {
+        for (int64_t first = 0; first < whole; first += W::STEP)
+#pragma GCC unroll 2
+            for (int v = 0; v < W::VECTORS; v++)
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) *placed++ = x[s * W::STEP + W::place(v, i)] * (1 / W::larger(v));
-    placed = std::copy(x + whole, x + m.columns, placed);
-    W::place_sums(x, whole, m.columns, placed);
+                for (int i = 0; i < LANES; i++) *placed++ = x[first + W::column(v, i)];
+    } else {  // in 16 bits, and behind a step's numbers the powers of two of their lanes
+        constexpr int64_t TOGETHER = std::max(W::SHARED, W::STEP);
+        int32_t numbers[TOGETHER];
+        int16_t in_order[W::STEP];
+        float powers[TOGETHER / 8];
+        for (int64_t c = 0; c < whole; c += W::SHARED) {
+            int64_t here = c % TOGETHER;
+            Rounded rounded = round_together<W::SHARED>(x + c, numbers + here);
+            std::fill(powers + here / 8, powers + (here + W::SHARED) / 8, rounded.power * W::UNIT);
+            if constexpr (W::OFFSET) sums[W::placed_group(c / W::SHARED)] = rounded.sum;
+            if (here + W::SHARED < TOGETHER) continue;
+            for (int64_t first = 0; first < TOGETHER; first += W::STEP) {
+#pragma GCC unroll 4
+                for (int v = 0; v < W::VECTORS; v++)
+                    for (int i = 0; i < 2 * LANES; i++)
+                        in_order[v * 2 * LANES + i] = int16_t(numbers[first + W::column(v, i)]);
+                std::memcpy(placed, in_order, sizeof in_order);
+                std::memcpy(placed + W::VECTORS * LANES, powers + first / 8, 4 * LANES);
+                placed += W::PLACED;
+            }
+        }
+    }
 }
 
 template <class W>
@@ -312,50 +439,66 @@ int64_t placed_size(const Matrix& m) {
     return m.columns + (m.group ? m.columns / m.group : 0) + 2 * LANES;
 }
 
-// R rows of a weight times X vectors. Each pair adds up in the same order in whatever tile it is, so that what comes out
-// for a token does not depend on those beside it.
+// R rows of a weight, `gap` apart, times X vectors. Each pair adds up in the same order in whatever tile it is, so that what
+// comes out for a token does not depend on those beside it.
 template <class W, int R, int X>
-inline void tile(const Matrix& m, int64_t row, const float* x, int64_t stride, float (&out)[R][X]) {
-    int64_t size = W::bytes(m.columns), steps = m.columns / W::STEP, whole = steps * W::STEP;
-    int64_t groups = W::GROUPED ? m.columns / m.group : 0;
-    const uint8_t *codes = static_cast<const uint8_t*>(m.codes) + row * size, *next = codes + R * size;
+inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, float (&out)[R][X]) {
+    using Numbers = typename W::Numbers;
+    int64_t steps = m.columns / W::STEP, whole = steps * W::STEP, size = W::bytes(m.columns), step_size = W::bytes(W::STEP);
+    int64_t groups = m.group ? m.columns / m.group : 0;
+    const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
     const uint16_t* scale = m.scale + row * groups;
     Floats sums[R][X] = {};
+    typename W::Sums own[R][X] = {};
+    if constexpr (W::OFFSET)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < X; j++)
+                sums[r][j] = W::offset(m, row + r * gap, x + j * stride + steps * W::PLACED + m.columns - whole);
     for (int64_t s = 0; s < steps; s++) {
-        const float* here = x + s * W::STEP;
-        Floats own[R][X] = {};
-        auto& into = *(W::GROUPED ? &own : &sums);
-        // The next tile, asked for in the order in which it lies: memory is quickest so.
+        const float* here = x + s * W::PLACED;
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) __builtin_prefetch(next + (R * s + r) * 4 * LANES, 0, 2);
-#pragma GCC unroll 8
-        for (int v = 0; v < W::VECTORS; v++) {
-            Floats w[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) w[r] = W::get(codes + r * size, s, v);
-#pragma GCC unroll 4
-            for (int j = 0; j < X; j++) {
-                Floats number = once(load<Floats>(here + j * stride + v * LANES));
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) into[r][j] += w[r] * number;
-            }
-        }
-        if constexpr (W::GROUPED) {
+        for (int r = 0; r < R; r++) __builtin_prefetch(codes + r * gap * size + s * step_size + AHEAD, 0, 2);
+        if constexpr (W::WHOLE) {  // row by row: what it takes to get a weight leaves no registers for more
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                Floats of_lanes = W::scales(scale + r * groups, s);
 #pragma GCC unroll 4
-                for (int j = 0; j < X; j++) sums[r][j] += of_lanes * own[r][j];
+                for (int v = 0; v < W::VECTORS; v++) {
+                    Numbers w = W::get(codes + r * gap * size, s, v);
+#pragma GCC unroll 4
+                    for (int j = 0; j < X; j++)
+                        own[r][j] = add_product(own[r][j], w, load<Numbers>(here + j * stride + v * LANES));
+                }
+                Floats scales = W::scales(scale + r * gap * groups, s);
+#pragma GCC unroll 4
+                for (int j = 0; j < X; j++) {
+                    Floats powers = load<Floats>(here + j * stride + W::VECTORS * LANES);
+                    sums[r][j] += scales * (powers * __builtin_convertvector(once(own[r][j]), Floats));
+                    own[r][j] = Ints{};
+                }
+            }
+        } else {
+#pragma GCC unroll 2
+            for (int v = 0; v < W::VECTORS; v++) {
+                Numbers w[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) w[r] = W::get(codes + r * gap * size, s, v);
+#pragma GCC unroll 4
+                for (int j = 0; j < X; j++) {
+                    Numbers number = once(load<Numbers>(here + j * stride + v * LANES));
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) sums[r][j] = add_product(sums[r][j], w[r], number);
+                }
             }
         }
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < X; j++) {
-            const float* rest = x + j * stride;
-            if constexpr (W::OFFSET) sums[r][j] += W::offset(m, row + r, rest + m.columns);
+            const float* rest = x + j * stride + steps * W::PLACED;
             float total = sum(sums[r][j]);
-            for (int64_t c = whole; c < m.columns; c++) total += W::at(m, row + r, c) * rest[c];
-            out[r][j] = W::finish(m, row + r, total);
+            for (int64_t c = whole; c < m.columns; c++) total += W::at(m, row + r * gap, c) * rest[c - whole];
+            out[r][j] = W::finish(m, row + r * gap, total);
         }
 }
 
@@ -370,18 +513,26 @@ struct Target {
 };
 
 template <class W, int R, int X>
-inline void tile_to(const Matrix& m, int64_t row, const float* x, int64_t stride, int64_t token, Target target) {
+inline void tile_to(
+    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, int64_t token, Target target) {
     float out[R][X];
-    tile<W, R, X>(m, row, x + token * stride, stride, out);
+    tile<W, R, X>(m, row, gap, x + token * stride, stride, out);
     for (int j = 0; j < X; j++)
-        for (int r = 0; r < R; r++) target(token + j, row + r, out[r][j]);
+        for (int r = 0; r < R; r++) target(token + j, row + r * gap, out[r][j]);
 }
 
+// Rows from `row` on, as many as are whole tiles; returns the first of those left. A tile's rows are far apart: each goes
+// on where it was in the tile before, so memory is read in R long streams, and gives a third more than in one (docs/LOG.md).
 template <class W, int R, int MOST>
-inline void rows_times(const Matrix& m, int64_t row, const float* x, int64_t stride, int64_t n, Target target) {
-    int64_t token = 0;
-    for (; token + MOST <= n; token += MOST) tile_to<W, R, MOST>(m, row, x, stride, token, target);
-    for (; token < n; token++) tile_to<W, R, 1>(m, row, x, stride, token, target);
+inline int64_t rows_times(
+    const Matrix& m, int64_t row, int64_t last, const float* x, int64_t stride, int64_t n, Target target) {
+    int64_t gap = (last - row) / R, end = row + gap;
+    for (; row < end; row++) {
+        int64_t token = 0;
+        for (; token + MOST <= n; token += MOST) tile_to<W, R, MOST>(m, row, gap, x, stride, token, target);
+        for (; token < n; token++) tile_to<W, R, 1>(m, row, gap, x, stride, token, target);
+    }
+    return end + (R - 1) * gap;
 }
 
 // Some rows of a weight, and where what they make goes.
@@ -399,12 +550,11 @@ void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<
     for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
     for (const Part& part : parts) {
         int64_t row = part.first;
-        // Tall tiles widen a weight for two vectors, and keep up with memory; wide ones for four, which is less work a
-        // vector, but not where a group's sums fill the registers as well (docs/LOG.md).
-        if (n < 4 || W::TALL)
-            for (; row + 4 <= part.last; row += 4) rows_times<W, 4, 2>(m, row, placed, stride, n, part.target);
-        for (; row + 2 <= part.last; row += 2) rows_times<W, 2, 4>(m, row, placed, stride, n, part.target);
-        for (; row < part.last; row++) rows_times<W, 1, 1>(m, row, placed, stride, n, part.target);
+        // Tall tiles keep up with memory, as many rows at a time as there are registers for; wide ones get a weight for
+        // four vectors instead of two, which is less work a vector (docs/LOG.md).
+        if (n < 4) row = rows_times<W, W::TALL, 2>(m, row, part.last, placed, stride, n, part.target);
+        row = rows_times<W, 2, 4>(m, row, part.last, placed, stride, n, part.target);
+        rows_times<W, 1, 1>(m, row, part.last, placed, stride, n, part.target);
     }
 }
 
@@ -571,7 +721,7 @@ void look(Thread me, const Block& block, const Step& s) {
                 for (int v = 0; v < W::VECTORS; v++)
                     for (int lane = 0; lane < LANES; lane++)
                         placed[step * W::STEP + v * LANES + lane] =
-                            q[step * W::STEP + W::place(v, lane)] * (1 / std::sqrt(float(D)));
+                            q[step * W::STEP + W::column(v, lane)] * (1 / std::sqrt(float(D)));
             std::fill(placed + D, placed + 2 * D, 0.0f);
             queries.push_back({placed, position + 1, placed + D, s.mixed + (token * s.heads + head) * D, NEVER, 0});
             longest = std::max(longest, position + 1);
@@ -587,7 +737,7 @@ void look(Thread me, const Block& block, const Step& s) {
             for (int64_t step = 0; step < D / W::STEP; step++)
                 for (int v = 0; v < W::VECTORS; v++)
                     for (int lane = 0; lane < LANES; lane++)
-                        query.out[step * W::STEP + W::place(v, lane)] =
+                        query.out[step * W::STEP + W::column(v, lane)] =
                             query.sums[step * W::STEP + v * LANES + lane] / query.total;
     }
 }

@@ -22,6 +22,8 @@ from llama.longcontext.int8_cache import int8_cache
 from llama.quantize.layers import quantize_
 from parallel.ranks import on_ranks
 
+ROUNDED = 3e-3
+"""What x in 16 bits (llama/kernels) may make of scores of some units: less than bfloat16 would."""
 ARGS = {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96, "multiple_of": 64}
 
 
@@ -88,7 +90,7 @@ def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
     for part, starts in ((tokens[:, :30], 0), (tokens[:, 30:34], 30), (tokens[:, 34:35], [34, 7])):
         right = scores(quantised, part, starts)
         assert right.abs().max() > 1
-        torch.testing.assert_close(scores(fast, part, starts), right, rtol=0, atol=1e-4)
+        torch.testing.assert_close(scores(fast, part, starts), right, rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (8, 2), (4, 1)])
@@ -251,4 +253,4 @@ def test_ranks_together_compute_what_one_does(ranks: int, scheme: str | None) ->
     assert expected.abs().max() > 1
     assert not torch.equal(expected[:, -1], expected[:, -2])
     for found in on_ranks(on_a_rank, ranks, scheme, limit=120):
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDED if scheme else 2e-4)

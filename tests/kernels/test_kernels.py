@@ -55,10 +55,10 @@ def weight(kind: str, N: int, C: int) -> tuple[Matrix, Tensor]:
     codes = torch.randint(0, 256, (N, C // 2), dtype=torch.uint8)
     both = torch.stack((codes // 16, codes % 16), -1).view(N, C)
     scale, zero = torch.rand(N, C // group).bfloat16(), torch.randn(N, C // group).bfloat16()
-    wide = scale.double().repeat_interleave(group, 1)
     if kind == "nf4":
-        return Matrix(NF4, codes, C, scale), torch.tensor(NF4_LEVELS, dtype=torch.float64)[both.long()] * wide
-    return Matrix(INT4, codes, C, scale, zero), (both.double() - 8) * wide + zero.double().repeat_interleave(group, 1)
+        levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)[both.long()]
+        return Matrix(NF4, codes, C, scale), levels * wide(scale, group)
+    return Matrix(INT4, codes, C, scale, zero), (both.double() - 8) * wide(scale, group) + wide(zero, group)
 
 
 @pytest.mark.usefixtures("lanes")
@@ -69,14 +69,47 @@ def test_product_is_that_in_float64(kind: str, shape: tuple[int, int]) -> None:
         pytest.skip("columns are whole groups")
     torch.manual_seed(0)
     found, exact = weight(kind, *shape)
-    x = torch.randn(FEW, shape[1])
-    size = x.double().abs() @ exact.abs().T  # what rounding is relative to
-    digits = 1e-4 if kind == "nf4" else 2e-6  # of the levels above
-    if kind.startswith("int"):
-        size = size + 128 * x.double().abs().sum(1, keepdim=True) * exact.abs().amax(1)[None] / 100
+    x = torch.randn(FEW, shape[1]) * torch.logspace(-3, 3, FEW)[:, None]
+    x[0] *= 1e-30
+    x[1, ::7] *= 100
+    step = 8 * library.load().lanes()
+    right = rounded(x, KINDS[kind] or step, step) if kind.startswith(("int", "nf")) else x.double()
+    digits = 2e-6
+    size = right.abs() @ exact.abs().T  # what rounding is relative to
+    if kind == "nf4":  # the levels are rounded to 13 bits, and given to four digits above
+        digits, size = 1.2e-4, right.abs() @ wide(found.scale, 64).abs().T
+    elif kind.startswith("int"):
+        size = size + 128 * right.abs().sum(1, keepdim=True) * exact.abs().amax(1)[None] / 100
     for n in (1, 2, 3, 4, 5, 8, FEW):
-        error = (found(x[:n]).double() - x[:n].double() @ exact.T).abs()
+        error = (found(x[:n]).double() - right[:n] @ exact.T).abs()
         assert (error <= digits * size[:n]).all(), (n, float((error / size[:n]).max()))
+
+
+def wide(of_groups: Tensor | None, group: int) -> Tensor:
+    assert of_groups is not None
+    return of_groups.double().repeat_interleave(group, 1)
+
+
+def rounded(x: Tensor, shared: int, step: int) -> Tensor:
+    """x as weights of 8 and 4 bits meet it: what shares a power of two is rounded to 16 bits by the one that its
+    largest needs, but for what is left of a row after whole steps."""
+    whole = x.shape[1] // step * step
+    parts = x[:, :whole].double().unflatten(1, (-1, shared))
+    unit = 2.0 ** (torch.frexp(parts.abs().amax(-1, keepdim=True)).exponent - 15).double()
+    return torch.cat(((parts / unit).round().clamp(max=32767).mul(unit).flatten(1), x[:, whole:].double()), 1)
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_stays_none(kind: str) -> None:
+    """And zeros, and numbers that are hardly there, are no trouble."""
+    found, _ = weight(kind, 5, 640)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(1, 640)
+        x[0, 77] = bad
+        assert not found(x).isfinite().any()
+    assert torch.equal(found(torch.zeros(1, 640)), torch.zeros(1, 5))
+    assert found(torch.full((1, 640), 1e-42)).abs().max() < 1e-30
 
 
 @pytest.mark.usefixtures("lanes")
@@ -190,7 +223,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(fresh: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
-        ("into[r][j] += w[r] * number;", "into[r][j] += w[r];", "multiplies wrongly"),
+        ("{ return sum + a * b; }", "{ return sum + a; }", "multiplies wrongly"),
         ("total += omp_get_thread_num();", "total += 0 * omp_get_thread_num();", "threads mixed up"),
     ],
 )
