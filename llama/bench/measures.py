@@ -66,7 +66,7 @@ class Machine:
         self.timer = Timer.of(device)
         self.ways, self.size = ways, size
         whole = 4.0 if device.type == "cuda" else 1.0
-        self.bandwidth = bandwidth(device, whole * size)
+        self.bandwidth = bandwidth(device, whole * size, ways)
         self._products: dict[str, dict[str, Probe]] = {}
 
     def products(self, dtype: str) -> dict[str, Probe]:

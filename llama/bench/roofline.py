@@ -2,8 +2,9 @@
 
 A decode step must read every weight once, and a prefill must do its multiplications; neither can go faster than the
 machine does just that (the roofline: Williams, Waterman and Patterson, CACM 2009). Both limits are measured here, by
-PyTorch's own operators with all its threads, and each is the best of a few ways: a limit that a model could pass would
-be none. They are tasks like any other, and run in the same rounds as the models.
+PyTorch's own operators and by those that a model may use in their stead, with all threads, and each is the best of a
+few ways: a limit that a model could pass would be none. They are tasks like any other, and run in the same rounds as
+the models.
 """
 
 from __future__ import annotations
@@ -32,16 +33,22 @@ class Probe:
     amount: float
 
 
-def bandwidth(device: torch.device, gigabytes: float | None = None) -> dict[str, Probe]:
+def bandwidth(
+    device: torch.device, gigabytes: float | None = None, ways: Mapping[str, Pack] = PLAIN
+) -> dict[str, Probe]:
     """Reading memory, and copying it (read and written bytes both count), on a buffer far larger than any cache:
-    1 GB on a CPU, 4 GB on a GPU."""
+    1 GB on a CPU, 4 GB on a GPU. Read it is by a sum, and by a product with one vector in all `ways`: how many places
+    are read at once makes up to a third."""
     size = gigabytes or (4.0 if device.type == "cuda" else 1.0)
-    source = torch.ones(int(size * 1e9) // 4, device=device)
-    half = len(source) // 2
-    target = torch.zeros(half, device=device)  # written now: its pages exist
+    columns = 4096
+    source = torch.ones(max(2, int(size * 1e9) // (4 * columns)), columns, device=device)
+    half, vector = len(source) // 2, torch.ones(1, columns, device=device)
+    target = torch.zeros_like(source[:half])  # written now: its pages exist
+    read = float(source.nbytes)
     return {
-        "read": Probe(timed(source.sum), float(source.nbytes)),
+        "read": Probe(timed(source.sum), read),
         "copy": Probe(timed(lambda: target.copy_(source[:half])), 2.0 * target.nbytes),
+        **{f"read, product{way}": Probe(timed(partial(pack(source), vector)), read) for way, pack in ways.items()},
     }
 
 
