@@ -3,12 +3,13 @@
 // Writing a token multiplies a few vectors by every weight of the model. What takes the time is to read the weights, as
 // long as nothing else gets in the way; and with a framework's operators something does: each costs some microseconds to
 // begin, and few of them read 16, 8 or 4 bits at the speed of memory on every processor. So here a whole step is one call.
-// Its threads stay together from the first block to the last and meet where one needs what the others made. All sums are
-// in float32, whatever the weights are kept in: they are widened in registers, on their way from memory.
+// Its threads stay together from the first block to the last and meet where one needs what the others made. Weights are
+// widened in registers, on their way from memory; what is added up is float32, in steps of 8 and 4 bits whole numbers.
 //
 // Nothing here depends on PyTorch or on a processor: vectors are GCC's (Clang has them too), LANES numbers wide, and the
-// compiler turns them into what there is; where x86 has an instruction that it would not find, that is called by name. Letters are those of model.py: B rows of T new tokens each, n = B * T tokens,
-// H query heads, K kv heads, D head dim, S slots.
+// compiler turns them into what there is; where x86 has an instruction that it would not find, that is called by name.
+// Letters are those of model.py: B rows of T new tokens each, n = B * T tokens, H query heads, K kv heads, D head dim, S
+// slots.
 
 #include <omp.h>
 
@@ -19,7 +20,7 @@
 #include <initializer_list>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -153,17 +154,11 @@ inline Floats exponential(Floats x) {
     return p * scale;
 }
 
-inline Floats lane_sums(const float* x, int64_t count) {
-    Floats total = {};
-    for (int64_t i = 0; i < count; i += LANES) total += load<Floats>(x + i);
-    return total;
-}
-
 // Weights -------------------------------------------------------------------------------------------------------------
 //
 // Each kind says how a STEP of columns is read: VECTORS vectors of Numbers, in whatever order costs least to get from its
 // bytes. x is brought into that order once (`place`: PLACED floats' room a step). `at` is one weight by its column: it is
-// what the others must agree with, and does what is left of a row whose columns are no whole number of steps.
+// what the others must agree with (nf4's levels to 13 bits), and does what is left of a row after whole steps.
 //
 // 32 and 16 bits are multiplied as floats. 8 and 4 bits are multiplied as WHOLE numbers of 16 bits, two products at once in
 // a lane of 32, which takes half the instructions: SHARED columns of x are rounded to 16 bits by a common power of two, and
@@ -224,9 +219,10 @@ struct Int8 {
     static float finish(const Matrix& m, int64_t row, float sum) { return sum * widen(m.scale[row]); }
 };
 
-// 4 bits, two in a byte, the first in the upper half. Each lane reads eight neighbours in its 32 bits.
+// 4 bits, two in a byte, the first in the upper half. Of 32 neighbours each lane reads eight; groups are whole such parts.
 template <int GROUP>
 struct FourBits {
+    static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
     using Sums = Ints;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = GROUP, TALL = 2;
@@ -439,8 +435,8 @@ int64_t placed_size(const Matrix& m) {
     return m.columns + (m.group ? m.columns / m.group : 0) + 2 * LANES;
 }
 
-// R rows of a weight, `gap` apart, times X vectors. Each pair adds up in the same order in whatever tile it is, so that what
-// comes out for a token does not depend on those beside it.
+// R rows of a weight, `gap` apart, times X vectors. Each pair adds up in the same order in whatever tile it is, so that
+// what comes out for a token does not depend on those beside it.
 template <class W, int R, int X>
 inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, float (&out)[R][X]) {
     using Numbers = typename W::Numbers;
@@ -459,7 +455,9 @@ inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int6
     for (int64_t s = 0; s < steps; s++) {
         const float* here = x + s * W::PLACED;
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) __builtin_prefetch(codes + r * gap * size + s * step_size + AHEAD, 0, 2);
+        for (int r = 0; r < R; r++)
+            for (int64_t line = 0; line < step_size; line += 64)
+                __builtin_prefetch(codes + r * gap * size + s * step_size + line + AHEAD, 0, 2);
         if constexpr (W::WHOLE) {  // row by row: what it takes to get a weight leaves no registers for more
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
@@ -522,7 +520,7 @@ inline void tile_to(
 }
 
 // Rows from `row` on, as many as are whole tiles; returns the first of those left. A tile's rows are far apart: each goes
-// on where it was in the tile before, so memory is read in R long streams, and gives a third more than in one (docs/LOG.md).
+// on where it was in the tile before, so memory is read in R long streams, and gives more than in one (docs/LOG.md).
 template <class W, int R, int MOST>
 inline int64_t rows_times(
     const Matrix& m, int64_t row, int64_t last, const float* x, int64_t stride, int64_t n, Target target) {

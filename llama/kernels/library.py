@@ -28,6 +28,11 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 EXACT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """What the kernels read and write, whatever PyTorch's defaults are."""
+NF4_LEVELS = (
+    *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
+    *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
+)
+"""QLoRA's NormalFloat to four digits, to check the kernels by."""
 OFF = "CODELLAMA_NO_KERNELS"
 """Set to anything, this environment variable leaves products to PyTorch's operators."""
 
@@ -180,24 +185,29 @@ def _key() -> str:
 
 
 def _check(library: ctypes.CDLL) -> None:
-    """Products of each row by 1 to 320, and two threads that know which they are: a compiler's or a processor's mistake
-    stops here."""
+    """Products by 1 to 320 of rows of which no two columns beside each other are alike, and two threads that know which
+    they are: a compiler's or a processor's mistake stops here."""
     columns, rows = 320, 7
-    twos, x = torch.full((rows, columns), 2.0, **EXACT), torch.arange(1, columns + 1, **EXACT)
-    codes, fours = twos.to(torch.int8), torch.full((rows, columns // 2), 0xAA, dtype=torch.uint8, device="cpu")
-    one, groups = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu"), columns // 10
+    x = torch.arange(1, columns + 1, **EXACT)
+    weight = (7 * x % 15 - 7).repeat(rows, 1)  # -7 to 7
+    places = (weight + 8).to(torch.uint8)
+    fours = places[:, ::2] << 4 | places[:, 1::2]
+    levels = torch.tensor(NF4_LEVELS, **EXACT)[places.long()]
+    one = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu")
     out = torch.empty(rows, **EXACT)
     for kind, stored, scale, zero, group in (
-        (0, twos, None, None, 0),
-        (1, twos.bfloat16(), None, None, 0),
-        (2, codes, one[:, 0].contiguous(), None, 0),
-        (3, fours, one, torch.zeros_like(one), groups),
+        (0, weight, None, None, 0),
+        (1, weight.bfloat16(), None, None, 0),
+        (2, weight.to(torch.int8), one[:, 0].contiguous(), None, 0),
+        (3, fours, one, torch.zeros_like(one), 32),
+        (4, fours, one[:, :5].contiguous(), None, 64),
     ):
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, zero))
         matrix = Matrix(*pointers, kind, rows, columns, group)
         out.fill_(torch.nan)
         library.multiply(ctypes.byref(matrix), x.data_ptr(), 1, out.data_ptr(), 2)
-        if not torch.equal(out, torch.full((rows,), float(columns * (columns + 1)), **EXACT)):
+        right, most = ((levels if kind == 4 else weight) @ x, 20.0 if kind == 4 else 0.0)  # nf4's levels are rounded
+        if not ((out - right).abs() <= most).all():
             raise ValueError(f"what {SOURCE} was compiled to multiplies wrongly here: name another compiler in CXX")
     if library.sum_of_threads(2) != 1:
         raise ValueError(f"what {SOURCE} was compiled to has OpenMP's threads mixed up: name another compiler in CXX")
