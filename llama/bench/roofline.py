@@ -38,7 +38,7 @@ def bandwidth(
 ) -> dict[str, Probe]:
     """Reading memory, and copying it (read and written bytes both count), on a buffer far larger than any cache:
     1 GB on a CPU, 4 GB on a GPU. Read it is by a sum, and by a product with one vector in all `ways`: how many places
-    are read at once makes up to a third."""
+    are read at once makes up to a third. A way that packs holds the buffer twice."""
     size = gigabytes or (4.0 if device.type == "cuda" else 1.0)
     columns = 4096
     source = torch.ones(max(2, int(size * 1e9) // (4 * columns)), columns, device=device)

@@ -157,8 +157,9 @@ inline Floats exponential(Floats x) {
 // Weights -------------------------------------------------------------------------------------------------------------
 //
 // Each kind says how a STEP of columns is read: VECTORS vectors of Numbers, in whatever order costs least to get from its
-// bytes. x is brought into that order once (`place`: PLACED floats' room a step). `at` is one weight by its column: it is
-// what the others must agree with (nf4's levels to 13 bits), and does what is left of a row after whole steps.
+// bytes. x is brought into that order once (`place`: PLACED floats' room a step). TALL rows at a time keep up with memory,
+// as many as there are registers for. `at` is one weight by its column: it is what the others must agree with (nf4's levels
+// to 13 bits), and does what is left of a row after whole steps.
 //
 // 32 and 16 bits are multiplied as floats. 8 and 4 bits are multiplied as WHOLE numbers of 16 bits, two products at once in
 // a lane of 32, which takes half the instructions: SHARED columns of x are rounded to 16 bits by a common power of two, and
@@ -168,10 +169,8 @@ inline Floats exponential(Floats x) {
 
 struct Float32 {
     using Numbers = Floats;
-    using Sums = Floats;
-    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP;
+    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4;
     static constexpr bool WHOLE = false, OFFSET = false;
-    static constexpr int TALL = 4;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
     static int64_t bytes(int64_t columns) { return 4 * columns; }
@@ -183,10 +182,8 @@ struct Float32 {
 
 struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once the first is taken off it
     using Numbers = Floats;
-    using Sums = Floats;
-    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP;
+    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP, TALL = 4;
     static constexpr bool WHOLE = false, OFFSET = false;
-    static constexpr int TALL = 4;
     static int column(int vector, int lane) { return 2 * lane + vector; }
     static Floats get(const uint8_t* row, int64_t step, int vector) {
         Words pairs = load<Words>(row + step * 4 * LANES);
@@ -202,7 +199,6 @@ struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once
 
 struct Int8 {
     using Numbers = Shorts;
-    using Sums = Ints;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = STEP, TALL = 4;
     static constexpr bool WHOLE = true, OFFSET = false;
     static constexpr float UNIT = 1;
@@ -224,7 +220,6 @@ template <int GROUP>
 struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
-    using Sums = Ints;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = GROUP, TALL = 2;
     static constexpr bool WHOLE = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
@@ -445,7 +440,6 @@ inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int6
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
     const uint16_t* scale = m.scale + row * groups;
     Floats sums[R][X] = {};
-    typename W::Sums own[R][X] = {};
     if constexpr (W::OFFSET)
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
@@ -461,19 +455,19 @@ inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int6
         if constexpr (W::WHOLE) {  // row by row: what it takes to get a weight leaves no registers for more
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
+                Ints own[X] = {};
 #pragma GCC unroll 4
                 for (int v = 0; v < W::VECTORS; v++) {
                     Numbers w = W::get(codes + r * gap * size, s, v);
 #pragma GCC unroll 4
                     for (int j = 0; j < X; j++)
-                        own[r][j] = add_product(own[r][j], w, load<Numbers>(here + j * stride + v * LANES));
+                        own[j] = add_product(own[j], w, load<Numbers>(here + j * stride + v * LANES));
                 }
                 Floats scales = W::scales(scale + r * gap * groups, s);
 #pragma GCC unroll 4
                 for (int j = 0; j < X; j++) {
                     Floats powers = load<Floats>(here + j * stride + W::VECTORS * LANES);
-                    sums[r][j] += scales * (powers * __builtin_convertvector(once(own[r][j]), Floats));
-                    own[r][j] = Ints{};
+                    sums[r][j] += scales * (powers * __builtin_convertvector(once(own[j]), Floats));
                 }
             }
         } else {
@@ -548,8 +542,7 @@ void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<
     for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
     for (const Part& part : parts) {
         int64_t row = part.first;
-        // Tall tiles keep up with memory, as many rows at a time as there are registers for; wide ones get a weight for
-        // four vectors instead of two, which is less work a vector (docs/LOG.md).
+        // Wide tiles get a weight for four vectors instead of two, which is less work a vector (docs/LOG.md).
         if (n < 4) row = rows_times<W, W::TALL, 2>(m, row, part.last, placed, stride, n, part.target);
         row = rows_times<W, 2, 4>(m, row, part.last, placed, stride, n, part.target);
         rows_times<W, 1, 1>(m, row, part.last, placed, stride, n, part.target);

@@ -72,8 +72,7 @@ def test_product_is_that_in_float64(kind: str, shape: tuple[int, int]) -> None:
     x = torch.randn(FEW, shape[1]) * torch.logspace(-3, 3, FEW)[:, None]
     x[0] *= 1e-30
     x[1, ::7] *= 100
-    step = 8 * library.load().lanes()
-    right = rounded(x, KINDS[kind] or step, step) if kind.startswith(("int", "nf")) else x.double()
+    right = rounded(x, kind)
     digits = 2e-6
     size = right.abs() @ exact.abs().T  # what rounding is relative to
     if kind == "nf4":  # the levels are rounded to 13 bits, and given to four digits above
@@ -90,11 +89,14 @@ def wide(of_groups: Tensor | None, group: int) -> Tensor:
     return of_groups.double().repeat_interleave(group, 1)
 
 
-def rounded(x: Tensor, shared: int, step: int) -> Tensor:
-    """x as weights of 8 and 4 bits meet it: what shares a power of two is rounded to 16 bits by the one that its
-    largest needs, but for what is left of a row after whole steps."""
+def rounded(x: Tensor, kind: str) -> Tensor:
+    """x as a kind of weights meets it. With 8 and 4 bits what shares a power of two (a group, or int8's step) is
+    rounded to 16 bits by the one that its largest needs, but for what is left of a row after whole steps."""
+    if not kind.startswith(("int", "nf")):
+        return x.double()
+    step = 8 * library.load().lanes()
     whole = x.shape[1] // step * step
-    parts = x[:, :whole].double().unflatten(1, (-1, shared))
+    parts = x[:, :whole].double().unflatten(1, (-1, KINDS[kind] or step))
     unit = 2.0 ** (torch.frexp(parts.abs().amax(-1, keepdim=True)).exponent - 15).double()
     return torch.cat(((parts / unit).round().clamp(max=32767).mul(unit).flatten(1), x[:, whole:].double()), 1)
 
@@ -118,8 +120,8 @@ def test_what_is_no_number_stays_none(kind: str) -> None:
 @pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_of_a_vector_does_not_depend_on_those_beside_it(kind: str) -> None:
-    columns = 1180 if KINDS[kind] == 0 and "int4" not in kind else 1152 + (64 if KINDS[kind] < 128 else 0)
-    found, _ = weight(kind, 21, columns)  # whole steps and a rest of them
+    columns = {0: 1180, 128: 1152}.get(KINDS[kind], 1216)  # not whole steps, where groups allow it
+    found, _ = weight(kind, 21, columns)
     x = torch.randn(FEW, columns)
     together = found(x)
     for n in (1, 2, 3, 5):
@@ -147,9 +149,7 @@ def test_nothing_is_read_behind_the_last_row(kind: str) -> None:
         setattr(found.struct, name, at)
         kept.append((area, libc, address + pages * mmap.PAGESIZE))
     x = torch.randn(5, C)
-    step = 8 * library.load().lanes()
-    right = rounded(x, KINDS[kind] or step, step) if kind.startswith(("int", "nf")) else x.double()
-    torch.testing.assert_close(found(x).double(), right @ exact.T, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found(x).double(), rounded(x, kind) @ exact.T, rtol=1e-4, atol=1e-2)
     for _, libc, page in kept:
         libc.mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 3)
 
