@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -32,6 +33,10 @@
 #else
 #define LANES 4
 #endif
+#endif
+
+#if LANES == 16 && defined(__AVX512BF16__)
+#define MULTIPLIES_BFLOAT16
 #endif
 
 using std::int64_t;
@@ -115,6 +120,13 @@ inline Ints add_product(Ints sum, Shorts a, Shorts b) {
 #endif
 }
 
+#ifdef MULTIPLIES_BFLOAT16
+// Of bfloat16, to each lane the two products that it holds.
+inline Floats add_product(Floats sum, Halves a, Halves b) {
+    return Floats(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+}
+#endif
+
 inline float widen(uint16_t half) {  // bfloat16 is the upper half of a float32
     uint32_t bits = uint32_t(half) << 16;
     float wide;
@@ -161,16 +173,18 @@ inline Floats exponential(Floats x) {
 // as many as there are registers for. `at` is one weight by its column: it is what the others must agree with (nf4's levels
 // to 13 bits), and does what is left of a row after whole steps.
 //
-// 32 and 16 bits are multiplied as floats. 8 and 4 bits are multiplied as WHOLE numbers of 16 bits, two products at once in
-// a lane of 32, which takes half the instructions: SHARED columns of x are rounded to 16 bits by a common power of two, and
-// a step's sums are multiplied by it, and by the weights' `scales`. That is finer than bfloat16 for whatever of x is not
-// below a 64th of the largest that shares its power. What the weights of a group have in common is left out of them, and
+// What Numbers are says how they are multiplied. 32 and 16 bits as Floats; 16 bits, where the processor multiplies in
+// bfloat16, as they are (Halves), by x in bfloat16. 8 and 4 bits as whole numbers of 16 bits (Shorts), two products at once
+// in a lane of 32, which takes half the instructions: SHARED columns of x are rounded to 16 bits by a common power of two,
+// and their sum is multiplied by it. That adds less to a sum's error than bfloat16 does by rounding the largest of them
+// alone: 512 roundings by 2^-15 of it, some one way and some the other, are like one by 2^-11. A GROUPED kind's sums are
+// multiplied by its groups' `scales` after each step. What the weights of a group have in common is left out of them, and
 // multiplied by the sum of the group's x: `offset`.
 
 struct Float32 {
     using Numbers = Floats;
     static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4;
-    static constexpr bool WHOLE = false, OFFSET = false;
+    static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
     static int64_t bytes(int64_t columns) { return 4 * columns; }
@@ -183,7 +197,7 @@ struct Float32 {
 struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once the first is taken off it
     using Numbers = Floats;
     static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP, TALL = 4;
-    static constexpr bool WHOLE = false, OFFSET = false;
+    static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return 2 * lane + vector; }
     static Floats get(const uint8_t* row, int64_t step, int vector) {
         Words pairs = load<Words>(row + step * 4 * LANES);
@@ -197,17 +211,26 @@ struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once
     static float finish(const Matrix& m, int64_t row, float sum) { return sum; }
 };
 
+#ifdef MULTIPLIES_BFLOAT16
+struct Bfloat16Pairs : Bfloat16 {
+    using Numbers = Halves;
+    static constexpr int VECTORS = 1, PLACED = LANES;
+    static Halves get(const uint8_t* row, int64_t step, int) { return load<Halves>(row + step * 4 * LANES); }
+};
+#else
+using Bfloat16Pairs = Bfloat16;
+#endif
+
 struct Int8 {
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = STEP, TALL = 4;
-    static constexpr bool WHOLE = true, OFFSET = false;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4;
+    static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
     static int column(int vector, int number) { return vector / 2 * 4 * LANES + 2 * number + vector % 2; }
     static Shorts get(const uint8_t* row, int64_t step, int vector) {  // of two neighbours in 16 bits, one
         Shorts pairs = once(load<Shorts>(row + step * STEP + vector / 2 * 4 * LANES));
         return (vector % 2 ? pairs : Shorts(Halves(pairs) << uint16_t(8))) >> int16_t(8);
     }
-    static Floats scales(const uint16_t*, int64_t) { return Floats{} + 1.0f; }  // `finish` has the row's
     static int64_t bytes(int64_t columns) { return columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return static_cast<const int8_t*>(m.codes)[row * m.columns + column];
@@ -220,8 +243,8 @@ template <int GROUP>
 struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 5 * LANES, SHARED = GROUP, TALL = 2;
-    static constexpr bool WHOLE = true;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2;
+    static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
     static int64_t bytes(int64_t columns) { return columns / 2; }
     static int code_at(const Matrix& m, int64_t row, int64_t column) {
@@ -358,76 +381,88 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
 // Products ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t AHEAD = 1024;  // bytes of a row: what is asked for from memory while others are multiplied
+constexpr int64_t SHARED = 512;  // columns of x that share a power of two; of so many products the sum has 32 bits
 
-struct Rounded {
-    float power, sum;
-};
+#if LANES == 16 || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
 
-// COUNT numbers as whole ones (in the lower 16 bits), the power of two that these are to be multiplied by, and their sum
-// times that. The largest has 15 bits; beside infinity, or what is no number, nothing is one.
-template <int64_t COUNT>
-Rounded round_together(const float* x, int32_t* numbers) {
+// Numbers as whole ones (in the lower 16 bits); returns the power of two that these are to be multiplied by. The largest
+// has 15 bits; beside infinity, or what is no number, nothing is one.
+float round_together(const float* x, int64_t count, int32_t* numbers) {
     Words highest = {};
-    for (int64_t i = 0; i < COUNT; i += LANES) {
+    for (int64_t i = 0; i < count; i += LANES) {
         Words size = load<Words>(x + i) & 0x7fffffffu;
         highest = size > highest ? size : highest;
     }
     uint32_t most = 0;
     for (int i = 0; i < LANES; i++) most = std::max(most, uint32_t(highest[i]));
     float power = std::max(widen(uint16_t(most >> 16 & 0x7f80)), 0x1p-112f);
-    Floats total = {};
     const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its lower bits
-    for (int64_t i = 0; i < COUNT; i += LANES) {
+    for (int64_t i = 0; i < count; i += LANES) {
         Floats number = load<Floats>(x + i) * (0x1p14f / power);
         number = number > 32767.0f ? Floats{} + 32767.0f : number;
         number += magic;
         std::memcpy(numbers + i, &number, sizeof number);
-        total += number - magic;
     }
-    power = most < 0x7f800000 ? power * 0x1p-14f : std::nanf("");
-    return {power, power * sum(total)};
+    return most < 0x7f800000 ? power * 0x1p-14f : std::nanf("");
 }
 
-// x as W wants it: step by step, what is left of a row, and the sums of groups, in the order in which Bfloat16 reads the
-// groups' numbers.
+// Where a vector's parts are, in the order in which W reads them: its whole steps, what is left of it, the sums of groups
+// (as Bfloat16 reads the groups' numbers), and the powers of two.
+template <class W>
+struct Places {
+    static constexpr bool WHOLE = std::is_same<typename W::Numbers, Shorts>::value;
+    int64_t steps, columns, rest, sums, powers, size;  // `columns` are those in whole steps
+    explicit Places(const Matrix& m) {
+        steps = m.columns / W::STEP, columns = steps * W::STEP;
+        rest = steps * W::PLACED, sums = rest + m.columns - columns;
+        powers = sums + (W::OFFSET ? (m.columns / m.group + Bfloat16::STEP - 1) / Bfloat16::STEP * Bfloat16::STEP : 0);
+        size = powers + (WHOLE ? (columns + SHARED - 1) / SHARED : 0);
+    }
+};
+
 template <class W>
 void place(const Matrix& m, const float* x, float* placed) {
-    int64_t steps = m.columns / W::STEP, whole = steps * W::STEP, groups = m.group ? m.columns / m.group : 0;
-    float* sums = std::copy(x + whole, x + m.columns, placed + steps * W::PLACED);
-    if constexpr (W::OFFSET) std::fill(sums, sums + (groups + 2 * LANES - 1) / (2 * LANES) * (2 * LANES), 0.0f);
-    if constexpr (!W::WHOLE) {
-        for (int64_t first = 0; first < whole; first += W::STEP)
-#pragma GCC unroll 2
-            for (int v = 0; v < W::VECTORS; v++)
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) *placed++ = x[first + W::column(v, i)];
-    } else {  // in 16 bits, and behind a step's numbers the powers of two of their lanes
-        constexpr int64_t TOGETHER = std::max(W::SHARED, W::STEP);
-        int32_t numbers[TOGETHER];
+    Places<W> places(m);
+    std::copy(x + places.columns, x + m.columns, placed + places.rest);
+    if constexpr (Places<W>::WHOLE) {
+        float *sums = placed + places.sums, *powers = placed + places.powers;
+        std::fill(sums, powers, 0.0f);
+        int32_t numbers[SHARED];
         int16_t in_order[W::STEP];
-        float powers[TOGETHER / 8];
-        for (int64_t c = 0; c < whole; c += W::SHARED) {
-            int64_t here = c % TOGETHER;
-            Rounded rounded = round_together<W::SHARED>(x + c, numbers + here);
-            std::fill(powers + here / 8, powers + (here + W::SHARED) / 8, rounded.power * W::UNIT);
-            if constexpr (W::OFFSET) sums[W::placed_group(c / W::SHARED)] = rounded.sum;
-            if (here + W::SHARED < TOGETHER) continue;
-            for (int64_t first = 0; first < TOGETHER; first += W::STEP) {
+        for (int64_t shared = 0; shared < places.columns; shared += SHARED) {
+            int64_t count = std::min(SHARED, places.columns - shared);
+            float power = round_together(x + shared, count, numbers);
+            *powers++ = power * W::UNIT;
+            if constexpr (W::OFFSET)
+                for (int64_t first = 0; first < count; first += m.group) {
+                    int32_t total = 0;
+                    for (int64_t i = first; i < first + m.group; i++) total += int16_t(numbers[i]);
+                    sums[W::placed_group((shared + first) / m.group)] = power * float(total);
+                }
+            for (int64_t first = 0; first < count; first += W::STEP, placed += W::PLACED) {
 #pragma GCC unroll 4
                 for (int v = 0; v < W::VECTORS; v++)
                     for (int i = 0; i < 2 * LANES; i++)
                         in_order[v * 2 * LANES + i] = int16_t(numbers[first + W::column(v, i)]);
                 std::memcpy(placed, in_order, sizeof in_order);
-                std::memcpy(placed + W::VECTORS * LANES, powers + first / 8, 4 * LANES);
-                placed += W::PLACED;
             }
         }
+    } else if constexpr (std::is_same<typename W::Numbers, Halves>::value) {
+        for (int64_t c = 0; c < places.columns; c += 2, placed++) {
+            uint16_t pair[2] = {narrow(x[c]), narrow(x[c + 1])};
+            std::memcpy(placed, pair, sizeof pair);
+        }
+    } else {
+        for (int64_t first = 0; first < places.columns; first += W::STEP)
+#pragma GCC unroll 2
+            for (int v = 0; v < W::VECTORS; v++)
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) *placed++ = x[first + W::column(v, i)];
     }
-}
-
-template <class W>
-int64_t placed_size(const Matrix& m) {
-    return m.columns + (m.group ? m.columns / m.group : 0) + 2 * LANES;
 }
 
 // R rows of a weight, `gap` apart, times X vectors. Each pair adds up in the same order in whatever tile it is, so that
@@ -435,42 +470,69 @@ int64_t placed_size(const Matrix& m) {
 template <class W, int R, int X>
 inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, float (&out)[R][X]) {
     using Numbers = typename W::Numbers;
-    int64_t steps = m.columns / W::STEP, whole = steps * W::STEP, size = W::bytes(m.columns), step_size = W::bytes(W::STEP);
-    int64_t groups = m.group ? m.columns / m.group : 0;
+    const Places<W> places(m);
+    const int64_t size = W::bytes(m.columns), step_size = W::bytes(W::STEP), groups = m.group ? m.columns / m.group : 0;
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
-    const uint16_t* scale = m.scale + row * groups;
+    auto ask_for = [&](int r, int64_t step) {
+        for (int64_t line = 0; line < step_size; line += 64)
+            __builtin_prefetch(codes + r * gap * size + step * step_size + line + AHEAD, 0, 2);
+    };
     Floats sums[R][X] = {};
     if constexpr (W::OFFSET)
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int j = 0; j < X; j++)
-                sums[r][j] = W::offset(m, row + r * gap, x + j * stride + steps * W::PLACED + m.columns - whole);
-    for (int64_t s = 0; s < steps; s++) {
-        const float* here = x + s * W::PLACED;
+            for (int j = 0; j < X; j++) sums[r][j] = W::offset(m, row + r * gap, x + j * stride + places.sums);
+    if constexpr (Places<W>::WHOLE) {
+        constexpr int T = X == 1 || REGISTERS == 32 ? R : 1;  // rows together: what it takes to get a weight needs registers
+        constexpr int64_t STEPS = SHARED / W::STEP;
+        for (int64_t shared = 0; shared * STEPS < places.steps; shared++) {
+            const int64_t end = std::min(places.steps, (shared + 1) * STEPS);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-            for (int64_t line = 0; line < step_size; line += 64)
-                __builtin_prefetch(codes + r * gap * size + s * step_size + line + AHEAD, 0, 2);
-        if constexpr (W::WHOLE) {  // row by row: what it takes to get a weight leaves no registers for more
+            for (int first = 0; first < R; first += T) {
+                const uint8_t* rows = codes + first * gap * size;
+                Floats part[T][X] = {};
+                Ints whole[T][X] = {};
+                for (int64_t s = shared * STEPS; s < end; s++) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                Ints own[X] = {};
+                    for (int r = 0; r < T; r++) ask_for(first + r, s);
 #pragma GCC unroll 4
-                for (int v = 0; v < W::VECTORS; v++) {
-                    Numbers w = W::get(codes + r * gap * size, s, v);
+                    for (int v = 0; v < W::VECTORS; v++) {
+                        Numbers w[T];
 #pragma GCC unroll 4
-                    for (int j = 0; j < X; j++)
-                        own[j] = add_product(own[j], w, load<Numbers>(here + j * stride + v * LANES));
+                        for (int r = 0; r < T; r++) w[r] = W::get(rows + r * gap * size, s, v);
+#pragma GCC unroll 4
+                        for (int j = 0; j < X; j++) {
+                            Numbers number = load<Numbers>(x + j * stride + s * W::PLACED + v * LANES);
+                            if constexpr (T > 1) number = once(number);
+#pragma GCC unroll 4
+                            for (int r = 0; r < T; r++) whole[r][j] = add_product(whole[r][j], w[r], number);
+                        }
+                    }
+                    if constexpr (W::GROUPED)
+#pragma GCC unroll 4
+                        for (int r = 0; r < T; r++) {
+                            Floats scales = W::scales(m.scale + (row + (first + r) * gap) * groups, s);
+#pragma GCC unroll 4
+                            for (int j = 0; j < X; j++) {
+                                part[r][j] += scales * __builtin_convertvector(once(whole[r][j]), Floats);
+                                whole[r][j] = Ints{};
+                            }
+                        }
                 }
-                Floats scales = W::scales(scale + r * gap * groups, s);
 #pragma GCC unroll 4
-                for (int j = 0; j < X; j++) {
-                    Floats powers = load<Floats>(here + j * stride + W::VECTORS * LANES);
-                    sums[r][j] += scales * (powers * __builtin_convertvector(once(own[j]), Floats));
-                }
+                for (int r = 0; r < T; r++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < X; j++) {
+                        if constexpr (!W::GROUPED) part[r][j] = __builtin_convertvector(whole[r][j], Floats);
+                        sums[first + r][j] += x[j * stride + places.powers + shared] * part[r][j];
+                    }
             }
-        } else {
+        }
+    } else {
+        for (int64_t s = 0; s < places.steps; s++) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) ask_for(r, s);
 #pragma GCC unroll 2
             for (int v = 0; v < W::VECTORS; v++) {
                 Numbers w[R];
@@ -478,7 +540,7 @@ inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int6
                 for (int r = 0; r < R; r++) w[r] = W::get(codes + r * gap * size, s, v);
 #pragma GCC unroll 4
                 for (int j = 0; j < X; j++) {
-                    Numbers number = once(load<Numbers>(here + j * stride + v * LANES));
+                    Numbers number = once(load<Numbers>(x + j * stride + s * W::PLACED + v * LANES));
 #pragma GCC unroll 4
                     for (int r = 0; r < R; r++) sums[r][j] = add_product(sums[r][j], w[r], number);
                 }
@@ -487,9 +549,9 @@ inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int6
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < X; j++) {
-            const float* rest = x + j * stride + steps * W::PLACED;
+            const float* rest = x + j * stride + places.rest;
             float total = sum(sums[r][j]);
-            for (int64_t c = whole; c < m.columns; c++) total += W::at(m, row + r * gap, c) * rest[c - whole];
+            for (int64_t c = places.columns; c < m.columns; c++) total += W::at(m, row + r * gap, c) * *rest++;
             out[r][j] = W::finish(m, row + r * gap, total);
         }
 }
@@ -536,7 +598,7 @@ struct Part {
 template <class W>
 void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts) {
     static thread_local std::vector<float> room;
-    int64_t stride = (placed_size<W>(m) + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
+    int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
     room.resize(n * stride + 16);
     float* placed = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) / 4 % 16);
     for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
@@ -544,6 +606,7 @@ void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<
         int64_t row = part.first;
         // Wide tiles get a weight for four vectors instead of two, which is less work a vector (docs/LOG.md).
         if (n < 4) row = rows_times<W, W::TALL, 2>(m, row, part.last, placed, stride, n, part.target);
+        else if (REGISTERS == 32) row = rows_times<W, W::TALL, 4>(m, row, part.last, placed, stride, n, part.target);
         row = rows_times<W, 2, 4>(m, row, part.last, placed, stride, n, part.target);
         rows_times<W, 1, 1>(m, row, part.last, placed, stride, n, part.target);
     }
@@ -553,7 +616,7 @@ template <class Use>
 void with_kind(const Matrix& m, Use use) {
     switch (m.kind) {
         case FLOAT32: return use(Float32{});
-        case BFLOAT16: return use(Bfloat16{});
+        case BFLOAT16: return use(Bfloat16Pairs{});
         case INT8: return use(Int8{});
         case INT4: return m.group == 32 ? use(Int4<32>{}) : m.group == 64 ? use(Int4<64>{}) : use(Int4<128>{});
         case NF4: return use(Nf4<64>{});
@@ -778,6 +841,15 @@ void feed_forward(Thread me, const Block& block, const Step& s, const float* x, 
 extern "C" {
 
 int64_t lanes() { return LANES; }
+
+// Whether weights of bfloat16 meet x in bfloat16.
+int64_t multiplies_bfloat16() {
+#ifdef MULTIPLIES_BFLOAT16
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // Of the threads' numbers, which are 0 to threads - 1.
 int64_t sum_of_threads(int64_t threads) {

@@ -73,6 +73,7 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _MATRIX, _BLOCK, _STEP = (ctypes.POINTER(kind) for kind in (Matrix, Block, Step))
 FUNCTIONS = {
     "lanes": (),
+    "multiplies_bfloat16": (),
     "sum_of_threads": (_NUMBER,),
     "run_blocks": (_BLOCK, _NUMBER, _STEP, _POINTER),
     "run_half": (_BLOCK, _NUMBER, _STEP, _POINTER, _POINTER),
@@ -80,7 +81,7 @@ FUNCTIONS = {
     "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER),
 }
 """Those of kernels.cpp, and what they take."""
-RETURNING = ("lanes", "sum_of_threads", "run_blocks")
+RETURNING = ("lanes", "multiplies_bfloat16", "sum_of_threads", "run_blocks")
 """Those that return a number."""
 
 
@@ -188,7 +189,7 @@ def _check(library: ctypes.CDLL) -> None:
     """Products by 1 to 320 of rows of which no two columns beside each other are alike, and two threads that know which
     they are: a compiler's or a processor's mistake stops here."""
     columns, rows = 320, 7
-    x = torch.arange(1, columns + 1, **EXACT)
+    x = torch.arange(columns, **EXACT) % 255 + 1  # whole numbers that bfloat16 has
     weight = (7 * x % 15 - 7).repeat(rows, 1)  # -7 to 7
     places = (weight + 8).to(torch.uint8)
     fours = places[:, ::2] << 4 | places[:, 1::2]
