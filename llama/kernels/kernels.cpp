@@ -187,7 +187,7 @@ struct Float32 {
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
-    static int64_t bytes(int64_t columns) { return 4 * columns; }
+    static constexpr int64_t bytes(int64_t columns) { return 4 * columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return static_cast<const float*>(m.codes)[row * m.columns + column];
     }
@@ -204,7 +204,7 @@ struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once
         pairs = vector ? pairs & 0xffff0000u : pairs << 16;
         return load<Floats>(&pairs);
     }
-    static int64_t bytes(int64_t columns) { return 2 * columns; }
+    static constexpr int64_t bytes(int64_t columns) { return 2 * columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return widen(static_cast<const uint16_t*>(m.codes)[row * m.columns + column]);
     }
@@ -231,7 +231,7 @@ struct Int8 {
         Shorts pairs = once(load<Shorts>(row + step * STEP + vector / 2 * 4 * LANES));
         return (vector % 2 ? pairs : Shorts(Halves(pairs) << uint16_t(8))) >> int16_t(8);
     }
-    static int64_t bytes(int64_t columns) { return columns; }
+    static constexpr int64_t bytes(int64_t columns) { return columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return static_cast<const int8_t*>(m.codes)[row * m.columns + column];
     }
@@ -246,7 +246,7 @@ struct FourBits {
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2;
     static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
-    static int64_t bytes(int64_t columns) { return columns / 2; }
+    static constexpr int64_t bytes(int64_t columns) { return columns / 2; }
     static int code_at(const Matrix& m, int64_t row, int64_t column) {
         int64_t index = row * m.columns + column;
         uint8_t pair = static_cast<const uint8_t*>(m.codes)[index / 2];
@@ -465,17 +465,25 @@ void place(const Matrix& m, const float* x, float* placed) {
     }
 }
 
+// What is asked for from memory meanwhile: bytes after a row's own, at its first step, and how many more at each.
+struct Ahead {
+    int64_t from, step;
+};
+
 // R rows of a weight, `gap` apart, times X vectors. Each pair adds up in the same order in whatever tile it is, so that
 // what comes out for a token does not depend on those beside it.
 template <class W, int R, int X>
-inline void tile(const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, float (&out)[R][X]) {
+inline void tile(
+    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, Ahead ahead, float (&out)[R][X]) {
     using Numbers = typename W::Numbers;
     const Places<W> places(m);
-    const int64_t size = W::bytes(m.columns), step_size = W::bytes(W::STEP), groups = m.group ? m.columns / m.group : 0;
+    const int64_t size = W::bytes(m.columns), groups = m.group ? m.columns / m.group : 0;
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
+    const uint8_t* ahead_of = codes + ahead.from;
     auto ask_for = [&](int r, int64_t step) {
-        for (int64_t line = 0; line < step_size; line += 64)
-            __builtin_prefetch(codes + r * gap * size + step * step_size + line + AHEAD, 0, 2);
+        const uint8_t* at = ahead_of + r * gap * size + step * ahead.step;
+        __builtin_prefetch(at, 0, 2);
+        if constexpr (W::bytes(W::STEP) > 64) __builtin_prefetch(at + ahead.step / 2, 0, 2);
     };
     Floats sums[R][X] = {};
     if constexpr (W::OFFSET)
@@ -568,9 +576,9 @@ struct Target {
 
 template <class W, int R, int X>
 inline void tile_to(
-    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, int64_t token, Target target) {
+    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, int64_t token, Ahead ahead, Target target) {
     float out[R][X];
-    tile<W, R, X>(m, row, gap, x + token * stride, stride, out);
+    tile<W, R, X>(m, row, gap, x + token * stride, stride, ahead, out);
     for (int j = 0; j < X; j++)
         for (int r = 0; r < R; r++) target(token + j, row + r * gap, out[r][j]);
 }
@@ -581,10 +589,13 @@ template <class W, int R, int MOST>
 inline int64_t rows_times(
     const Matrix& m, int64_t row, int64_t last, const float* x, int64_t stride, int64_t n, Target target) {
     int64_t gap = (last - row) / R, end = row + gap;
+    int64_t passes = n / MOST + n % MOST, size = W::bytes(m.columns), part = size / passes, step = W::bytes(W::STEP) / passes;
     for (; row < end; row++) {
         int64_t token = 0;
-        for (; token + MOST <= n; token += MOST) tile_to<W, R, MOST>(m, row, gap, x, stride, token, target);
-        for (; token < n; token++) tile_to<W, R, 1>(m, row, gap, x, stride, token, target);
+        Ahead ahead = {passes == 1 ? AHEAD : size, step};
+        for (; token + MOST <= n; token += MOST, ahead.from += part)
+            tile_to<W, R, MOST>(m, row, gap, x, stride, token, ahead, target);
+        for (; token < n; token++, ahead.from += part) tile_to<W, R, 1>(m, row, gap, x, stride, token, ahead, target);
     }
     return end + (R - 1) * gap;
 }
@@ -597,6 +608,7 @@ struct Part {
 
 template <class W>
 void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts) {
+    if (!n) return;
     static thread_local std::vector<float> room;
     int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
     room.resize(n * stride + 16);
