@@ -59,6 +59,13 @@ struct Block {
     void *keys, *values;       // (rows of the cache, K, S, D)
 };
 
+struct Prompt {  // queries (B, T, H, D) at any strides, counted in numbers; keys and values (B, K, S, D)
+    const void *q, *keys, *values;
+    void* out;              // (B, T, H, D)
+    const int64_t* starts;  // (B)
+    int64_t kind, rows, tokens, heads, kv_heads, head_dim, q_row, q_token, q_head, kv_row, kv_head, threads;
+};
+
 struct Step {
     int64_t rows, tokens, dim, heads, kv_heads, head_dim, hidden, slots, cache_kind, threads;
     float eps;
@@ -120,14 +127,17 @@ inline Ints add_product(Ints sum, Shorts a, Shorts b) {
 #endif
 }
 
-#ifdef MULTIPLIES_BFLOAT16
-// Of bfloat16, to each lane the two products that it holds.
+// Of bfloat16, which is the upper half of a float32, to each lane the two products that it holds.
 inline Floats add_product(Floats sum, Halves a, Halves b) {
+#ifdef MULTIPLIES_BFLOAT16
     return Floats(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
-}
+#else
+    Words first[2] = {Words(a) << 16, Words(b) << 16}, second[2] = {Words(a) & 0xffff0000u, Words(b) & 0xffff0000u};
+    return sum + Floats(first[0]) * Floats(first[1]) + Floats(second[0]) * Floats(second[1]);
 #endif
+}
 
-inline float widen(uint16_t half) {  // bfloat16 is the upper half of a float32
+inline float widen(uint16_t half) {
     uint32_t bits = uint32_t(half) << 16;
     float wide;
     std::memcpy(&wide, &bits, 4);
@@ -846,6 +856,149 @@ void feed_forward(Thread me, const Block& block, const Step& s, const float* x, 
 #pragma omp barrier
 }
 
+// A prompt's attention ------------------------------------------------------------------------------------------------
+//
+// Softmax in one pass again, as FlashAttention does it (arXiv 2205.14135): a block of queries meets SLOTS slots at a time,
+// whose keys and values are laid out first so that lanes are slots (of keys) or head dimensions (of values). Numbers are of
+// the type T, as they are in the cache; one word of 32 bits, a float32 or two of bfloat16, is multiplied at a time.
+
+constexpr int SLOTS = 64, TOGETHER = 4;  // TOGETHER queries meet VECTORS_WIDE vectors: as many as there are registers for
+constexpr int VECTORS_WIDE = REGISTERS == 32 ? 4 : 2;
+
+inline void put(float* at, Floats v) { store(at, v); }
+
+inline void put(uint16_t* at, Floats v) {  // as `narrow`, of numbers and of the NaNs that arithmetic makes
+    typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
+    Words bits = Words(v);
+    Narrow narrow = __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Narrow);
+    std::memcpy(at, &narrow, sizeof narrow);
+}
+
+// To R x N vectors, each of R rows of `count` words times a column of words, which are `stride` apart.
+template <class T, int R, int N>
+inline void add_words(
+    Floats (&sums)[R][N], const T* rows, int64_t row_stride, int64_t count, const uint32_t* columns, int64_t stride) {
+    using Numbers = typename std::conditional<sizeof(T) == 4, Floats, Halves>::type;
+    constexpr int64_t PAIR = 4 / sizeof(T);
+    for (int64_t i = 0; i < count; i++) {
+        Numbers column[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) column[n] = load<Numbers>(columns + i * stride + n * LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            Numbers row = Numbers(Words{} + load<uint32_t>(rows + r * row_stride + i * PAIR));
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) sums[r][n] = add_product(sums[r][n], row, column[n]);
+        }
+    }
+}
+
+// What a thread has of a kv head: a block of queries, and a block of slots.
+template <class T>
+struct Attention {
+    static constexpr int64_t PAIR = 4 / sizeof(T);
+    const Prompt& p;
+    const int64_t D = p.head_dim, group = p.heads / p.kv_heads;
+    std::vector<uint32_t> keys, values;  // (D / PAIR, SLOTS) and (SLOTS / PAIR, D) words
+    std::vector<float> sums, most, total;  // (queries, D), and of each query
+    explicit Attention(const Prompt& prompt) : p(prompt), keys(D / PAIR * SLOTS), values(SLOTS / PAIR * D) {}
+
+    void lay_out(const T* from_keys, const T* from_values, int64_t count) {
+        if (count < SLOTS) std::fill(keys.begin(), keys.end(), 0), std::fill(values.begin(), values.end(), 0);
+        for (int64_t slot = 0; slot < count; slot++)
+            for (int64_t i = 0; i < D / PAIR; i++)
+                keys[i * SLOTS + slot] = load<uint32_t>(from_keys + slot * D + i * PAIR);
+        auto* out = reinterpret_cast<T*>(values.data());
+        for (int64_t slot = 0; slot < count; slot++)
+            for (int64_t d = 0; d < D; d++) out[(slot / PAIR * D + d) * PAIR + slot % PAIR] = from_values[slot * D + d];
+    }
+
+    // R queries beside each other, the first of which sees `seen` of the block's slots, and each one more than the last.
+    template <int R>
+    void meet(const T* q, int64_t query, int64_t seen) {
+        float scores[R][SLOTS];
+        T weights[R][SLOTS];
+        const float scale = 1 / std::sqrt(float(D));
+        for (int64_t slot = 0; slot < SLOTS; slot += VECTORS_WIDE * LANES) {
+            Floats made[R][VECTORS_WIDE] = {};
+            add_words<T>(made, q, p.q_token, D / PAIR, keys.data() + slot, SLOTS);
+            for (int r = 0; r < R; r++)
+                for (int n = 0; n < VECTORS_WIDE; n++) store(&scores[r][slot + n * LANES], made[r][n] * scale);
+        }
+        float fade[R];
+        for (int r = 0; r < R; r++) {
+            for (int64_t slot = std::max<int64_t>(0, seen + r); slot < SLOTS; slot++) scores[r][slot] = NEVER;
+            Floats highest = load<Floats>(scores[r]), added = {};
+            for (int64_t slot = LANES; slot < SLOTS; slot += LANES) {
+                Floats here = load<Floats>(&scores[r][slot]);
+                highest = here > highest ? here : highest;
+            }
+            float before = most[query + r], now = before;
+            for (int lane = 0; lane < LANES; lane++) now = std::max(now, highest[lane]);
+            for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
+                Floats weight = exponential(load<Floats>(&scores[r][slot]) - now);
+                added += weight;
+                put(&weights[r][slot], weight);
+            }
+            fade[r] = before == now ? 1 : std::exp(before - now);
+            most[query + r] = now;
+            total[query + r] = total[query + r] * fade[r] + sum(added);
+        }
+        int64_t d = 0;
+        for (; d + VECTORS_WIDE * LANES <= D; d += VECTORS_WIDE * LANES) mix<R, VECTORS_WIDE>(weights[0], fade, query, d);
+        for (; d < D; d += LANES) mix<R, 1>(weights[0], fade, query, d);
+    }
+
+    template <int R, int N>
+    void mix(const T* weights, const float* fade, int64_t query, int64_t d) {
+        Floats mixed[R][N];
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) mixed[r][n] = load<Floats>(&sums[(query + r) * D + d + n * LANES]) * fade[r];
+        add_words<T>(mixed, weights, SLOTS, SLOTS / PAIR, values.data() + d, D);
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) store(&sums[(query + r) * D + d + n * LANES], mixed[r][n]);
+    }
+
+    // Tokens first to last of a row, by the query heads of a kv head.
+    void operator()(int64_t row, int64_t kv_head, int64_t first, int64_t last) {
+        const int64_t tokens = last - first, start = p.starts[row] + first, end = p.starts[row] + last;
+        sums.assign(group * tokens * D, 0), most.assign(group * tokens, NEVER), total.assign(group * tokens, 0);
+        const T *own_keys = static_cast<const T*>(p.keys) + row * p.kv_row + kv_head * p.kv_head;
+        const T *own_values = static_cast<const T*>(p.values) + row * p.kv_row + kv_head * p.kv_head;
+        for (int64_t slot = 0; slot < end; slot += SLOTS) {
+            lay_out(own_keys + slot * D, own_values + slot * D, std::min<int64_t>(SLOTS, end - slot));
+            for (int64_t head = 0; head < group; head++) {
+                const T* q = static_cast<const T*>(p.q) + row * p.q_row + (kv_head * group + head) * p.q_head;
+                int64_t t = std::max<int64_t>(0, slot - start);  // earlier ones don't see so far
+                for (; t + TOGETHER <= tokens; t += TOGETHER)
+                    meet<TOGETHER>(q + (first + t) * p.q_token, head * tokens + t, start + t + 1 - slot);
+                for (; t < tokens; t++) meet<1>(q + (first + t) * p.q_token, head * tokens + t, start + t + 1 - slot);
+            }
+        }
+        for (int64_t head = 0; head < group; head++)
+            for (int64_t t = 0; t < tokens; t++) {
+                int64_t query = head * tokens + t, token = row * p.tokens + first + t;
+                T* out = static_cast<T*>(p.out) + (token * p.heads + kv_head * group + head) * D;
+                for (int64_t d = 0; d < D; d += LANES) put(out + d, load<Floats>(&sums[query * D + d]) / total[query]);
+            }
+    }
+};
+
+template <class T>
+void attend_to(const Prompt& p) {
+    int64_t queries = std::max<int64_t>(16, 256 * p.kv_heads / p.heads), blocks = (p.tokens + queries - 1) / queries;
+#pragma omp parallel num_threads(p.threads)
+    {
+        Attention<T> attention(p);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < p.rows * p.kv_heads * blocks; item++) {
+            int64_t block = blocks - 1 - item % blocks;
+            attention(item / blocks / p.kv_heads, item / blocks % p.kv_heads, block * queries,
+                      std::min(p.tokens, (block + 1) * queries));
+        }
+    }
+}
+
 }  // namespace
 
 // What Python calls ---------------------------------------------------------------------------------------------------
@@ -899,6 +1052,11 @@ void run_half(const Block* block, int64_t is_attention, const Step* step, const 
         Thread me{omp_get_thread_num(), omp_get_num_threads()};
         (is_attention ? attention : feed_forward)(me, *block, *step, x, {out, step->dim, false});
     }
+}
+
+// softmax(q·k / sqrt(D))·v of a prompt, each token of which sees the slots up to its own.
+void attend_prompt(const Prompt* prompt) {
+    prompt->kind == FLOAT32 ? attend_to<float>(*prompt) : attend_to<uint16_t>(*prompt);
 }
 
 // x (n, C) times a weight (N, C), transposed: out (n, N).

@@ -56,6 +56,16 @@ class Block(ctypes.Structure):
     )
 
 
+class Prompt(ctypes.Structure):
+    """kernels.cpp's `Prompt`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "starts")),
+        *((name, ctypes.c_int64) for name in ("kind", "rows", "tokens", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_token", "q_head", "kv_row", "kv_head", "threads")),
+    )
+
+
 class Step(ctypes.Structure):
     """kernels.cpp's `Step`."""
 
@@ -77,6 +87,7 @@ FUNCTIONS = {
     "sum_of_threads": (_NUMBER,),
     "run_blocks": (_BLOCK, _NUMBER, _STEP, _POINTER),
     "run_half": (_BLOCK, _NUMBER, _STEP, _POINTER, _POINTER),
+    "attend_prompt": (ctypes.POINTER(Prompt),),
     "multiply": (_MATRIX, _POINTER, _NUMBER, _POINTER, _NUMBER),
     "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER),
 }

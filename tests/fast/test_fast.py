@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.cache import Span
-from llama.fast import attention, speed_up_
+from llama.fast import speed_up_
 from llama.fast.block import FusedNorm, Turn
 from llama.fast.packing import packed
 from llama.model import RMSNorm
@@ -29,9 +28,10 @@ SHAPES = {
 
 @pytest.fixture(params=["kernels", "operators"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With a step as one call of llama/kernels, and by what stands in where no compiler is."""
+    """With steps and prompts' attention in llama/kernels, and by what stands in where no compiler is."""
     if request.param == "operators":
         monkeypatch.setattr("llama.fast.packing.available", lambda: False)
+        monkeypatch.setattr("llama.kernels.prompt.available", lambda: False)
     return str(request.param)
 
 
@@ -54,15 +54,8 @@ def read(model: Transformer, steps: Sequence[tuple[Tensor, int | list[int]]]) ->
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("scores", [None, attention.SCORES, 7000, 1])
-def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
-    sizes: dict[str, int], scores: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where attention goes in blocks, as in bfloat16: of a few heads at a time (five of twelve), or one and 16
-    queries of it; and with rows at positions of their own."""
-    if scores is not None:
-        monkeypatch.setattr(attention, "BLOCKED", (torch.float32,))
-        monkeypatch.setattr(attention, "SCORES", scores)
+def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(sizes: dict[str, int]) -> None:
+    """And with rows at positions of their own."""
     plain, fast = twins(**sizes)
     tokens = torch.randint(97, (3, 80), generator=torch.Generator().manual_seed(1))
     steps: list[tuple[Tensor, int | list[int]]] = [(tokens[:, :37], 0), (tokens[:, 37:60], 37), (tokens[:, 60:61], 60)]
@@ -72,9 +65,8 @@ def test_prefill_in_chunks_and_decode_are_those_of_the_plain_model(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_whole_sequences_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCKED", (torch.float32,))
-    monkeypatch.setattr(attention, "BLOCK", 7)
+@pytest.mark.usefixtures("way")
+def test_whole_sequences_without_a_cache() -> None:
     plain, fast = twins(n_heads=4, n_kv_heads=2)
     tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -172,23 +164,3 @@ def test_the_norm_of_twice_as_many_is_rms_norm(dtype: torch.dtype, size: float) 
     found = FusedNorm(norm.to(dtype))(x)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=2e-6 if dtype == torch.float32 else 2**-8, atol=1e-6)
-
-
-def test_prefill_makes_no_more_scores_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory doesn't grow with the prompt: the largest product is a block of the allowed size."""
-    made: list[int] = []
-    original = attention._scores
-
-    def counted(q: Tensor, keys: Tensor) -> Tensor:
-        out = original(q, keys)
-        made.append(out.numel())
-        return out
-
-    q, k = torch.randn(1, 4, 512, 8), torch.randn(1, 2, 2048, 8)
-    span = Span(torch.arange(1536, 2048)[None], 2048, 1536, torch.float32)
-    monkeypatch.setattr(attention, "BLOCKED", (torch.float32,))
-    monkeypatch.setattr(attention, "_scores", counted)
-    monkeypatch.setattr(attention, "SCORES", 1 << 18)
-    attention.attend(q, k, k, span)
-    assert max(made) <= 1 << 18
-    assert len(made) == 512 // 32

@@ -26,23 +26,6 @@ SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1152)]
 KINDS = {"float32": 0, "bfloat16": 0, "int8": 0, "int4:32": 32, "int4:64": 64, "int4:128": 128, "nf4": 64}
 
 
-@pytest.fixture(scope="module", params=[4, 8, 16], ids=lambda lanes: f"{lanes} lanes")
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels in vectors of another width: a compiler makes them of what the processor has."""
-    if request.param == library.load().lanes():
-        return library.load()
-    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    library.build(path, (f"-DLANES={request.param}", "-O1"))
-    made = library.opened(path)
-    assert made.lanes() == request.param
-    return made
-
-
-@pytest.fixture
-def lanes(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "load", lambda: compiled)
-
-
 def weight(kind: str, N: int, C: int) -> tuple[Matrix, Tensor]:
     """A random weight and what it is in float64, by plain indexing."""
     group = KINDS[kind]
