@@ -151,13 +151,22 @@ inline uint16_t narrow(float wide) {  // to the nearest bfloat16, of two the eve
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
 inline float sum(Floats v) {
-    typedef float Four __attribute__((vector_size(16)));
     Four parts[LANES / 4];
     std::memcpy(parts, &v, sizeof v);
     Four four = parts[0];
     for (int i = 1; i < LANES / 4; i++) four += parts[i];
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline float largest(Floats v) {
+    Four parts[LANES / 4];
+    std::memcpy(parts, &v, sizeof v);
+    Four four = parts[0];
+    for (int i = 1; i < LANES / 4; i++) four = parts[i] > four ? parts[i] : four;
+    return std::max(std::max(four[0], four[2]), std::max(four[1], four[3]));
 }
 
 // e^x, within 2 units in the last place: 2^n times a polynomial of what is left, |r| <= ln(2) / 2.
@@ -868,9 +877,13 @@ constexpr int VECTORS_WIDE = REGISTERS == 32 ? 4 : 2;
 inline void put(float* at, Floats v) { store(at, v); }
 
 inline void put(uint16_t* at, Floats v) {  // as `narrow`, of numbers and of the NaNs that arithmetic makes
+#ifdef MULTIPLIES_BFLOAT16
+    auto narrow = _mm512_cvtneps_pbh(__m512(v));
+#else
     typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
     Words bits = Words(v);
     Narrow narrow = __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Narrow);
+#endif
     std::memcpy(at, &narrow, sizeof narrow);
 }
 
@@ -900,17 +913,22 @@ struct Attention {
     const Prompt& p;
     const int64_t D = p.head_dim, group = p.heads / p.kv_heads;
     std::vector<uint32_t> keys, values;  // (D / PAIR, SLOTS) and (SLOTS / PAIR, D) words
+    std::vector<T> zeros;
     std::vector<float> sums, most, total;  // (queries, D), and of each query
-    explicit Attention(const Prompt& prompt) : p(prompt), keys(D / PAIR * SLOTS), values(SLOTS / PAIR * D) {}
+    explicit Attention(const Prompt& prompt) : p(prompt), keys(D / PAIR * SLOTS), values(SLOTS / PAIR * D), zeros(D) {}
 
     void lay_out(const T* from_keys, const T* from_values, int64_t count) {
         if (count < SLOTS) std::fill(keys.begin(), keys.end(), 0), std::fill(values.begin(), values.end(), 0);
-        for (int64_t slot = 0; slot < count; slot++)
-            for (int64_t i = 0; i < D / PAIR; i++)
+        for (int64_t i = 0; i < D / PAIR; i++)
+            for (int64_t slot = 0; slot < count; slot++)
                 keys[i * SLOTS + slot] = load<uint32_t>(from_keys + slot * D + i * PAIR);
-        auto* out = reinterpret_cast<T*>(values.data());
-        for (int64_t slot = 0; slot < count; slot++)
-            for (int64_t d = 0; d < D; d++) out[(slot / PAIR * D + d) * PAIR + slot % PAIR] = from_values[slot * D + d];
+        for (int64_t slot = 0; slot < count; slot += PAIR) {
+            const T *one = from_values + slot * D, *next = slot + PAIR <= count ? one + (PAIR - 1) * D : zeros.data();
+            uint32_t* words = values.data() + slot / PAIR * D;
+            for (int64_t d = 0; d < D; d++)
+                if constexpr (PAIR == 2) words[d] = one[d] | uint32_t(next[d]) << 16;
+                else words[d] = load<uint32_t>(one + d);
+        }
     }
 
     // R queries beside each other, the first of which sees `seen` of the block's slots, and each one more than the last.
@@ -933,8 +951,7 @@ struct Attention {
                 Floats here = load<Floats>(&scores[r][slot]);
                 highest = here > highest ? here : highest;
             }
-            float before = most[query + r], now = before;
-            for (int lane = 0; lane < LANES; lane++) now = std::max(now, highest[lane]);
+            float before = most[query + r], now = std::max(before, largest(highest));
             for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
                 Floats weight = exponential(load<Floats>(&scores[r][slot]) - now);
                 added += weight;
