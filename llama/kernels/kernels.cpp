@@ -151,6 +151,19 @@ inline uint16_t narrow(float wide) {  // to the nearest bfloat16, of two the eve
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline void put(float* at, Floats v) { store(at, v); }
+
+inline void put(uint16_t* at, Floats v) {  // as `narrow`, of numbers and of the NaNs that arithmetic makes
+#ifdef MULTIPLIES_BFLOAT16
+    auto narrow = _mm512_cvtneps_pbh(__m512(v));
+#else
+    typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
+    Words bits = Words(v);
+    Narrow narrow = __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Narrow);
+#endif
+    std::memcpy(at, &narrow, sizeof narrow);
+}
+
 typedef float Four __attribute__((vector_size(16)));
 
 inline float sum(Floats v) {
@@ -185,12 +198,19 @@ inline Floats exponential(Floats x) {
     return p * scale;
 }
 
+#if LANES == 16 || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
+
 // Weights -------------------------------------------------------------------------------------------------------------
 //
 // Each kind says how a STEP of columns is read: VECTORS vectors of Numbers, in whatever order costs least to get from its
 // bytes. x is brought into that order once (`place`: PLACED floats' room a step). TALL rows at a time keep up with memory,
-// as many as there are registers for. `at` is one weight by its column: it is what the others must agree with (nf4's levels
-// to 13 bits), and does what is left of a row after whole steps.
+// WIDE ones with four vectors, as many as there are registers for. `at` is one weight by its column: it is what the others
+// must agree with (nf4's levels to 13 bits), and does what is left of a row after whole steps.
 //
 // What Numbers are says how they are multiplied. 32 and 16 bits as Floats; 16 bits, where the processor multiplies in
 // bfloat16, as they are (Halves), by x in bfloat16. 8 and 4 bits as whole numbers of 16 bits (Shorts), two products at once
@@ -202,7 +222,7 @@ inline Floats exponential(Floats x) {
 
 struct Float32 {
     using Numbers = Floats;
-    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4;
+    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = ROOM;
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
@@ -215,7 +235,7 @@ struct Float32 {
 
 struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once the first is taken off it
     using Numbers = Floats;
-    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP, TALL = 4;
+    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP, TALL = 4, WIDE = ROOM;
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return 2 * lane + vector; }
     static Floats get(const uint8_t* row, int64_t step, int vector) {
@@ -233,7 +253,7 @@ struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once
 #ifdef MULTIPLIES_BFLOAT16
 struct Bfloat16Pairs : Bfloat16 {
     using Numbers = Halves;
-    static constexpr int VECTORS = 1, PLACED = LANES;
+    static constexpr int VECTORS = 1, PLACED = LANES, WIDE = 6;
     static Halves get(const uint8_t* row, int64_t step, int) { return load<Halves>(row + step * 4 * LANES); }
 };
 #else
@@ -242,7 +262,7 @@ using Bfloat16Pairs = Bfloat16;
 
 struct Int8 {
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = ROOM;
     static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
     static int column(int vector, int number) { return vector / 2 * 4 * LANES + 2 * number + vector % 2; }
@@ -262,7 +282,7 @@ template <int GROUP>
 struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2, WIDE = 2;
     static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
     static constexpr int64_t bytes(int64_t columns) { return columns / 2; }
@@ -402,12 +422,6 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
 constexpr int64_t AHEAD = 1024;  // bytes of a row: what is asked for from memory while others are multiplied
 constexpr int64_t SHARED = 512;  // columns of x that share a power of two; of so many products the sum has 32 bits
 
-#if LANES == 16 || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
-
 // Numbers as whole ones (in the lower 16 bits); returns the power of two that these are to be multiplied by. The largest
 // has 15 bits; beside infinity, or what is no number, nothing is one.
 float round_together(const float* x, int64_t count, int32_t* numbers) {
@@ -471,10 +485,8 @@ void place(const Matrix& m, const float* x, float* placed) {
             }
         }
     } else if constexpr (std::is_same<typename W::Numbers, Halves>::value) {
-        for (int64_t c = 0; c < places.columns; c += 2, placed++) {
-            uint16_t pair[2] = {narrow(x[c]), narrow(x[c + 1])};
-            std::memcpy(placed, pair, sizeof pair);
-        }
+        auto* narrowed = reinterpret_cast<uint16_t*>(placed);
+        for (int64_t c = 0; c < places.columns; c += LANES) put(narrowed + c, load<Floats>(x + c));
     } else {
         for (int64_t first = 0; first < places.columns; first += W::STEP)
 #pragma GCC unroll 2
@@ -506,50 +518,50 @@ inline void tile(
     };
     Floats sums[R][X] = {};
     if constexpr (W::OFFSET)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int j = 0; j < X; j++) sums[r][j] = W::offset(m, row + r * gap, x + j * stride + places.sums);
     if constexpr (Places<W>::WHOLE) {
         constexpr int T = X == 1 || REGISTERS == 32 ? R : 1;  // rows together: what it takes to get a weight needs registers
         constexpr int64_t STEPS = SHARED / W::STEP;
         for (int64_t shared = 0; shared * STEPS < places.steps; shared++) {
             const int64_t end = std::min(places.steps, (shared + 1) * STEPS);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int first = 0; first < R; first += T) {
                 const uint8_t* rows = codes + first * gap * size;
                 Floats part[T][X] = {};
                 Ints whole[T][X] = {};
                 for (int64_t s = shared * STEPS; s < end; s++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                     for (int r = 0; r < T; r++) ask_for(first + r, s);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                     for (int v = 0; v < W::VECTORS; v++) {
                         Numbers w[T];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                         for (int r = 0; r < T; r++) w[r] = W::get(rows + r * gap * size, s, v);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                         for (int j = 0; j < X; j++) {
                             Numbers number = load<Numbers>(x + j * stride + s * W::PLACED + v * LANES);
                             if constexpr (T > 1) number = once(number);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                             for (int r = 0; r < T; r++) whole[r][j] = add_product(whole[r][j], w[r], number);
                         }
                     }
                     if constexpr (W::GROUPED)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                         for (int r = 0; r < T; r++) {
                             Floats scales = W::scales(m.scale + (row + (first + r) * gap) * groups, s);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                             for (int j = 0; j < X; j++) {
                                 part[r][j] += scales * __builtin_convertvector(once(whole[r][j]), Floats);
                                 whole[r][j] = Ints{};
                             }
                         }
                 }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                 for (int r = 0; r < T; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                     for (int j = 0; j < X; j++) {
                         if constexpr (!W::GROUPED) part[r][j] = __builtin_convertvector(whole[r][j], Floats);
                         sums[first + r][j] += x[j * stride + places.powers + shared] * part[r][j];
@@ -558,17 +570,17 @@ inline void tile(
         }
     } else {
         for (int64_t s = 0; s < places.steps; s++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int r = 0; r < R; r++) ask_for(r, s);
 #pragma GCC unroll 2
             for (int v = 0; v < W::VECTORS; v++) {
                 Numbers w[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                 for (int r = 0; r < R; r++) w[r] = W::get(codes + r * gap * size, s, v);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                 for (int j = 0; j < X; j++) {
                     Numbers number = once(load<Numbers>(x + j * stride + s * W::PLACED + v * LANES));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                     for (int r = 0; r < R; r++) sums[r][j] = add_product(sums[r][j], w[r], number);
                 }
             }
@@ -635,10 +647,10 @@ void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<
     for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
     for (const Part& part : parts) {
         int64_t row = part.first;
-        // Wide tiles get a weight for four vectors instead of two, which is less work a vector (docs/LOG.md).
+        // A weight is got for four vectors instead of two, which is less work a vector, and a vector for WIDE rows.
         if (n < 4) row = rows_times<W, W::TALL, 2>(m, row, part.last, placed, stride, n, part.target);
-        else if (REGISTERS == 32) row = rows_times<W, W::TALL, 4>(m, row, part.last, placed, stride, n, part.target);
-        row = rows_times<W, 2, 4>(m, row, part.last, placed, stride, n, part.target);
+        else row = rows_times<W, W::WIDE, 4>(m, row, part.last, placed, stride, n, part.target);
+        if constexpr (W::WIDE > 2) row = rows_times<W, 2, 4>(m, row, part.last, placed, stride, n, part.target);
         rows_times<W, 1, 1>(m, row, part.last, placed, stride, n, part.target);
     }
 }
@@ -871,21 +883,7 @@ void feed_forward(Thread me, const Block& block, const Step& s, const float* x, 
 // whose keys and values are laid out first so that lanes are slots (of keys) or head dimensions (of values). Numbers are of
 // the type T, as they are in the cache; one word of 32 bits, a float32 or two of bfloat16, is multiplied at a time.
 
-constexpr int SLOTS = 64, TOGETHER = 4;  // TOGETHER queries meet VECTORS_WIDE vectors: as many as there are registers for
-constexpr int VECTORS_WIDE = REGISTERS == 32 ? 4 : 2;
-
-inline void put(float* at, Floats v) { store(at, v); }
-
-inline void put(uint16_t* at, Floats v) {  // as `narrow`, of numbers and of the NaNs that arithmetic makes
-#ifdef MULTIPLIES_BFLOAT16
-    auto narrow = _mm512_cvtneps_pbh(__m512(v));
-#else
-    typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
-    Words bits = Words(v);
-    Narrow narrow = __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Narrow);
-#endif
-    std::memcpy(at, &narrow, sizeof narrow);
-}
+constexpr int SLOTS = 64, TOGETHER = 4;  // queries that meet ROOM vectors
 
 // To R x N vectors, each of R rows of `count` words times a column of words, which are `stride` apart.
 template <class T, int R, int N>
@@ -937,11 +935,11 @@ struct Attention {
         float scores[R][SLOTS];
         T weights[R][SLOTS];
         const float scale = 1 / std::sqrt(float(D));
-        for (int64_t slot = 0; slot < SLOTS; slot += VECTORS_WIDE * LANES) {
-            Floats made[R][VECTORS_WIDE] = {};
+        for (int64_t slot = 0; slot < SLOTS; slot += ROOM * LANES) {
+            Floats made[R][ROOM] = {};
             add_words<T>(made, q, p.q_token, D / PAIR, keys.data() + slot, SLOTS);
             for (int r = 0; r < R; r++)
-                for (int n = 0; n < VECTORS_WIDE; n++) store(&scores[r][slot + n * LANES], made[r][n] * scale);
+                for (int n = 0; n < ROOM; n++) store(&scores[r][slot + n * LANES], made[r][n] * scale);
         }
         float fade[R];
         for (int r = 0; r < R; r++) {
@@ -962,7 +960,7 @@ struct Attention {
             total[query + r] = total[query + r] * fade[r] + sum(added);
         }
         int64_t d = 0;
-        for (; d + VECTORS_WIDE * LANES <= D; d += VECTORS_WIDE * LANES) mix<R, VECTORS_WIDE>(weights[0], fade, query, d);
+        for (; d + ROOM * LANES <= D; d += ROOM * LANES) mix<R, ROOM>(weights[0], fade, query, d);
         for (; d < D; d += LANES) mix<R, 1>(weights[0], fade, query, d);
     }
 
