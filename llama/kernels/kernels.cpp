@@ -38,6 +38,9 @@
 #if LANES == 16 && defined(__AVX512BF16__)
 #define MULTIPLIES_BFLOAT16
 #endif
+#if LANES == 16 && defined(__AVX512VNNI__)
+#define MULTIPLIES_BYTES
+#endif
 
 using std::int64_t;
 using std::uint16_t;
@@ -80,7 +83,7 @@ struct Step {
 
 namespace {
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4, NF4 };
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, NF4 };
 
 // Vectors -------------------------------------------------------------------------------------------------------------
 
@@ -113,7 +116,7 @@ inline Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; 
 
 // Of whole numbers, to each lane the two products that it holds. x86 has an instruction for it that GCC doesn't find.
 inline Ints add_product(Ints sum, Shorts a, Shorts b) {
-#if LANES == 16 && defined(__AVX512VNNI__)
+#ifdef MULTIPLIES_BYTES
     return Ints(_mm512_dpwssd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
 #elif LANES == 16 && defined(__AVX512BW__)
     return sum + Ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
@@ -126,6 +129,13 @@ inline Ints add_product(Ints sum, Shorts a, Shorts b) {
     return sum + (left << 16 >> 16) * (right << 16 >> 16) + (left >> 16) * (right >> 16);
 #endif
 }
+
+#ifdef MULTIPLIES_BYTES
+// Of bytes, the second with a sign, the four that each lane holds.
+inline Ints add_product(Ints sum, Bytes a, Bytes b) {
+    return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
+}
+#endif
 
 // Of bfloat16, which is the upper half of a float32, to each lane the two products that it holds.
 inline Floats add_product(Floats sum, Halves a, Halves b) {
@@ -214,11 +224,12 @@ constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
 //
 // What Numbers are says how they are multiplied. 32 and 16 bits as Floats; 16 bits, where the processor multiplies in
 // bfloat16, as they are (Halves), by x in bfloat16. 8 and 4 bits as whole numbers of 16 bits (Shorts), two products at once
-// in a lane of 32, which takes half the instructions: SHARED columns of x are rounded to 16 bits by a common power of two,
-// and their sum is multiplied by it. That adds less to a sum's error than bfloat16 does by rounding the largest of them
-// alone: 512 roundings by 2^-15 of it, some one way and some the other, are like one by 2^-11. A GROUPED kind's sums are
-// multiplied by its groups' `scales` after each step. What the weights of a group have in common is left out of them, and
-// multiplied by the sum of the group's x: `offset`.
+// in a lane of 32, which takes half the instructions: SHARED columns of x are rounded to whole numbers up to LIMIT, which
+// is the largest of them, and their sum is multiplied by what a 1 is. That adds less to a sum's error than bfloat16 does by
+// rounding the largest of them alone: 512 roundings by 2^-16 of it, some one way and some the other, are like one by
+// 2^-12. Where x is to have 8 bits and the processor multiplies bytes, by bytes: one of two has no sign, so BIAS is added to
+// weights, and taken off their sums. A GROUPED kind's sums are multiplied by its groups' `scales` after each step. What the
+// weights of a group have in common is left out of them, and multiplied by the sum of the group's x: `offset`.
 
 struct Float32 {
     using Numbers = Floats;
@@ -263,6 +274,7 @@ using Bfloat16Pairs = Bfloat16;
 struct Int8 {
     using Numbers = Shorts;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = ROOM;
+    static constexpr int LIMIT = 32767, BIAS = 0;
     static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
     static int column(int vector, int number) { return vector / 2 * 4 * LANES + 2 * number + vector % 2; }
@@ -277,12 +289,23 @@ struct Int8 {
     static float finish(const Matrix& m, int64_t row, float sum) { return sum * widen(m.scale[row]); }
 };
 
+struct Int8Dynamic : Int8 {
+    static constexpr int LIMIT = 127;
+#ifdef MULTIPLIES_BYTES
+    using Numbers = Bytes;
+    static constexpr int VECTORS = 1, STEP = 4 * LANES, PLACED = LANES, WIDE = 6, BIAS = 128;
+    static int column(int, int number) { return number; }
+    static Bytes get(const uint8_t* row, int64_t step, int) { return load<Bytes>(row + step * STEP) ^ uint8_t(BIAS); }
+#endif
+};
+
 // 4 bits, two in a byte, the first in the upper half. Of 32 neighbours each lane reads eight; groups are whole such parts.
 template <int GROUP>
 struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2, WIDE = 2;
+    static constexpr int LIMIT = 32767, BIAS = 0;
     static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
     static constexpr int64_t bytes(int64_t columns) { return columns / 2; }
@@ -422,9 +445,9 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
 constexpr int64_t AHEAD = 1024;  // bytes of a row: what is asked for from memory while others are multiplied
 constexpr int64_t SHARED = 512;  // columns of x that share a power of two; of so many products the sum has 32 bits
 
-// Numbers as whole ones (in the lower 16 bits); returns the power of two that these are to be multiplied by. The largest
-// has 15 bits; beside infinity, or what is no number, nothing is one.
-float round_together(const float* x, int64_t count, int32_t* numbers) {
+// Numbers as whole ones up to `limit` (in the lower bits); returns what a 1 is. Beside infinity, or what is no number,
+// nothing is one.
+float round_together(const float* x, int64_t count, int limit, int32_t* numbers) {
     Words highest = {};
     for (int64_t i = 0; i < count; i += LANES) {
         Words size = load<Words>(x + i) & 0x7fffffffu;
@@ -432,28 +455,33 @@ float round_together(const float* x, int64_t count, int32_t* numbers) {
     }
     uint32_t most = 0;
     for (int i = 0; i < LANES; i++) most = std::max(most, uint32_t(highest[i]));
-    float power = std::max(widen(uint16_t(most >> 16 & 0x7f80)), 0x1p-112f);
+    if (most >= 0x7f800000) return std::nanf("");
+    float unit = std::max(load<float>(&most) / float(limit), 0x1p-126f), units = 1 / unit;
     const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its lower bits
     for (int64_t i = 0; i < count; i += LANES) {
-        Floats number = load<Floats>(x + i) * (0x1p14f / power);
-        number = number > 32767.0f ? Floats{} + 32767.0f : number;
-        number += magic;
+        Floats number = load<Floats>(x + i) * units + magic;
         std::memcpy(numbers + i, &number, sizeof number);
     }
-    return most < 0x7f800000 ? power * 0x1p-14f : std::nanf("");
+    return unit;
 }
 
+struct Unit {  // of SHARED columns: what a 1 is, and where their sum begins
+    float one;
+    int32_t begin;
+};
+
 // Where a vector's parts are, in the order in which W reads them: its whole steps, what is left of it, the sums of groups
-// (as Bfloat16 reads the groups' numbers), and the powers of two.
+// (as Bfloat16 reads the groups' numbers), and the units.
 template <class W>
 struct Places {
-    static constexpr bool WHOLE = std::is_same<typename W::Numbers, Shorts>::value;
-    int64_t steps, columns, rest, sums, powers, size;  // `columns` are those in whole steps
+    static constexpr bool BYTES = std::is_same<typename W::Numbers, Bytes>::value;
+    static constexpr bool WHOLE = BYTES || std::is_same<typename W::Numbers, Shorts>::value;
+    int64_t steps, columns, rest, sums, units, size;  // `columns` are those in whole steps
     explicit Places(const Matrix& m) {
         steps = m.columns / W::STEP, columns = steps * W::STEP;
         rest = steps * W::PLACED, sums = rest + m.columns - columns;
-        powers = sums + (W::OFFSET ? (m.columns / m.group + Bfloat16::STEP - 1) / Bfloat16::STEP * Bfloat16::STEP : 0);
-        size = powers + (WHOLE ? (columns + SHARED - 1) / SHARED : 0);
+        units = sums + (W::OFFSET ? (m.columns / m.group + Bfloat16::STEP - 1) / Bfloat16::STEP * Bfloat16::STEP : 0);
+        size = units + (WHOLE ? (columns + SHARED - 1) / SHARED * 2 : 0);
     }
 };
 
@@ -462,25 +490,30 @@ void place(const Matrix& m, const float* x, float* placed) {
     Places<W> places(m);
     std::copy(x + places.columns, x + m.columns, placed + places.rest);
     if constexpr (Places<W>::WHOLE) {
-        float *sums = placed + places.sums, *powers = placed + places.powers;
-        std::fill(sums, powers, 0.0f);
-        int32_t numbers[SHARED];
-        int16_t in_order[W::STEP];
-        for (int64_t shared = 0; shared < places.columns; shared += SHARED) {
+        using Number = typename std::conditional<Places<W>::BYTES, int8_t, int16_t>::type;
+        constexpr int NUMBERS = 4 * LANES / sizeof(Number);
+        float *sums = placed + places.sums, *units = placed + places.units;
+        std::fill(sums, units, 0.0f);
+        int32_t numbers[SHARED] = {};
+        Number in_order[W::STEP];
+        for (int64_t shared = 0; shared < places.columns; shared += SHARED, units += 2) {
             int64_t count = std::min(SHARED, places.columns - shared);
-            float power = round_together(x + shared, count, numbers);
-            *powers++ = power * W::UNIT;
+            Unit unit = {round_together(x + shared, count, W::LIMIT, numbers), 0};
             if constexpr (W::OFFSET)
                 for (int64_t first = 0; first < count; first += m.group) {
                     int32_t total = 0;
-                    for (int64_t i = first; i < first + m.group; i++) total += int16_t(numbers[i]);
-                    sums[W::placed_group((shared + first) / m.group)] = power * float(total);
+                    for (int64_t i = first; i < first + m.group; i++) total += Number(numbers[i]);
+                    sums[W::placed_group((shared + first) / m.group)] = unit.one * float(total);
                 }
+            if constexpr (W::BIAS)
+                for (int64_t i = 0; i < count; i++) unit.begin -= W::BIAS * Number(numbers[i]);
+            unit.one *= W::UNIT;
+            std::memcpy(units, &unit, sizeof unit);
             for (int64_t first = 0; first < count; first += W::STEP, placed += W::PLACED) {
 #pragma GCC unroll 4
                 for (int v = 0; v < W::VECTORS; v++)
-                    for (int i = 0; i < 2 * LANES; i++)
-                        in_order[v * 2 * LANES + i] = int16_t(numbers[first + W::column(v, i)]);
+                    for (int i = 0; i < NUMBERS; i++)
+                        in_order[v * NUMBERS + i] = Number(numbers[first + W::column(v, i)]);
                 std::memcpy(placed, in_order, sizeof in_order);
             }
         }
@@ -525,6 +558,7 @@ inline void tile(
     if constexpr (Places<W>::WHOLE) {
         constexpr int T = X == 1 || REGISTERS == 32 ? R : 1;  // rows together: what it takes to get a weight needs registers
         constexpr int64_t STEPS = SHARED / W::STEP;
+        auto unit_of = [&](int j, int64_t shared) { return load<Unit>(x + j * stride + places.units + 2 * shared); };
         for (int64_t shared = 0; shared * STEPS < places.steps; shared++) {
             const int64_t end = std::min(places.steps, (shared + 1) * STEPS);
 #pragma GCC unroll 6
@@ -532,6 +566,11 @@ inline void tile(
                 const uint8_t* rows = codes + first * gap * size;
                 Floats part[T][X] = {};
                 Ints whole[T][X] = {};
+                if constexpr (W::BIAS)
+#pragma GCC unroll 6
+                    for (int j = 0; j < X; j++)
+#pragma GCC unroll 6
+                        for (int r = 0; r < T; r++) whole[r][j] = Ints{unit_of(j, shared).begin};
                 for (int64_t s = shared * STEPS; s < end; s++) {
 #pragma GCC unroll 6
                     for (int r = 0; r < T; r++) ask_for(first + r, s);
@@ -564,7 +603,7 @@ inline void tile(
 #pragma GCC unroll 6
                     for (int j = 0; j < X; j++) {
                         if constexpr (!W::GROUPED) part[r][j] = __builtin_convertvector(whole[r][j], Floats);
-                        sums[first + r][j] += x[j * stride + places.powers + shared] * part[r][j];
+                        sums[first + r][j] += unit_of(j, shared).one * part[r][j];
                     }
             }
         }
@@ -661,6 +700,7 @@ void with_kind(const Matrix& m, Use use) {
         case FLOAT32: return use(Float32{});
         case BFLOAT16: return use(Bfloat16Pairs{});
         case INT8: return use(Int8{});
+        case INT8_DYNAMIC: return use(Int8Dynamic{});
         case INT4: return m.group == 32 ? use(Int4<32>{}) : m.group == 64 ? use(Int4<64>{}) : use(Int4<128>{});
         case NF4: return use(Nf4<64>{});
     }
@@ -1021,6 +1061,15 @@ void attend_to(const Prompt& p) {
 extern "C" {
 
 int64_t lanes() { return LANES; }
+
+// Whether x of 8 bits is multiplied in bytes.
+int64_t multiplies_bytes() {
+#ifdef MULTIPLIES_BYTES
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // Whether weights of bfloat16 meet x in bfloat16.
 int64_t multiplies_bfloat16() {

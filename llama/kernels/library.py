@@ -84,6 +84,7 @@ _MATRIX, _BLOCK, _STEP = (ctypes.POINTER(kind) for kind in (Matrix, Block, Step)
 FUNCTIONS = {
     "lanes": (),
     "multiplies_bfloat16": (),
+    "multiplies_bytes": (),
     "sum_of_threads": (_NUMBER,),
     "run_blocks": (_BLOCK, _NUMBER, _STEP, _POINTER),
     "run_half": (_BLOCK, _NUMBER, _STEP, _POINTER, _POINTER),
@@ -92,7 +93,7 @@ FUNCTIONS = {
     "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER),
 }
 """Those of kernels.cpp, and what they take."""
-RETURNING = ("lanes", "multiplies_bfloat16", "sum_of_threads", "run_blocks")
+RETURNING = ("lanes", "multiplies_bfloat16", "multiplies_bytes", "sum_of_threads", "run_blocks")
 """Those that return a number."""
 
 
@@ -207,19 +208,21 @@ def _check(library: ctypes.CDLL) -> None:
     levels = torch.tensor(NF4_LEVELS, **EXACT)[places.long()]
     one = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu")
     out = torch.empty(rows, **EXACT)
-    for kind, stored, scale, zero, group in (
-        (0, weight, None, None, 0),
-        (1, weight.bfloat16(), None, None, 0),
-        (2, weight.to(torch.int8), one[:, 0].contiguous(), None, 0),
-        (3, fours, one, torch.zeros_like(one), 32),
-        (4, fours, one[:, :5].contiguous(), None, 64),
+    of_rows = one[:, 0].contiguous()
+    # `most` is how far off it may be: x is rounded to 16 bits, or 8, and nf4's levels to 13.
+    for kind, stored, scale, zero, group, most in (
+        (0, weight, None, None, 0, 0.0),
+        (1, weight.bfloat16(), None, None, 0, 0.0),
+        (2, weight.to(torch.int8), of_rows, None, 0, 2.0),
+        (3, weight.to(torch.int8), of_rows, None, 0, 200.0),
+        (4, fours, one, torch.zeros_like(one), 32, 2.0),
+        (5, fours, one[:, :5].contiguous(), None, 64, 20.0),
     ):
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, zero))
         matrix = Matrix(*pointers, kind, rows, columns, group)
         out.fill_(torch.nan)
         library.multiply(ctypes.byref(matrix), x.data_ptr(), 1, out.data_ptr(), 2)
-        right, most = ((levels if kind == 4 else weight) @ x, 20.0 if kind == 4 else 0.0)  # nf4's levels are rounded
-        if not ((out - right).abs() <= most).all():
+        if not ((out - (levels if kind == 5 else weight) @ x).abs() <= most).all():
             raise ValueError(f"what {SOURCE} was compiled to multiplies wrongly here: name another compiler in CXX")
     if library.sum_of_threads(2) != 1:
         raise ValueError(f"what {SOURCE} was compiled to has OpenMP's threads mixed up: name another compiler in CXX")

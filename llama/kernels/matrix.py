@@ -1,9 +1,10 @@
 """A weight that the kernels multiply by: plain, or quantised.
 
 Up to FEW vectors at a time are multiplied in C++, straight from the weight's own bytes: nothing is packed, nothing is
-kept twice, and sums are in float32 (8 and 4 bits meet the vectors in 16). More, as a prompt has, are an ordinary matrix
-product of PyTorch's: in bfloat16 where the processor multiplies in it, else in float32, with as many rows of the weight
-at a time made wide as stay in a processor's cache.
+kept twice, and sums are in float32. 8 and 4 bits meet the vectors in 16, bfloat16 in bfloat16 where the processor
+multiplies in it. More, as a prompt has, are an ordinary matrix product of PyTorch's: in bfloat16 where the processor
+multiplies in it, else in float32, with as many rows of the weight at a time made wide as stay in a processor's cache.
+INT8_DYNAMIC is INT8 that meets vectors of 8 bits: in whole numbers, where the processor multiplies bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from llama.kernels import library
 
-FLOAT32, BFLOAT16, INT8, INT4, NF4 = range(5)
+FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, NF4 = range(6)
 """kernels.cpp's kinds."""
 PLAIN = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 FEW = 32
@@ -38,7 +39,7 @@ class Matrix:
         self.kind, self.shape = kind, (codes.shape[0], columns)
         self.codes, self.scale, self.zero = (None if t is None else t.contiguous() for t in (codes, scale, zero))
         assert self.codes is not None
-        group = 0 if scale is None or kind == INT8 else columns // scale.shape[1]
+        group = 0 if scale is None or kind in (INT8, INT8_DYNAMIC) else columns // scale.shape[1]
         assert not group or (group in (32, 64, 128) and columns % group == 0 and (kind == INT4 or group == 64))
         pointers = (None if t is None else t.data_ptr() for t in (self.codes, self.scale, self.zero))
         self.struct = library.Matrix(*pointers, kind, *self.shape, group)
@@ -69,6 +70,8 @@ class Matrix:
 
     def _many(self, rows: Tensor) -> Tensor:
         assert self.codes is not None
+        if self.kind == INT8_DYNAMIC:
+            return self._many_of_bytes(rows)
         if self.kind == BFLOAT16 and multiplies_bfloat16():
             return F.linear(rows.bfloat16(), self.codes)
         dtype = torch.bfloat16 if multiplies_bfloat16() and self.kind != FLOAT32 else torch.float32
@@ -85,10 +88,20 @@ class Matrix:
             out.mul_(self.scale.to(dtype).squeeze(1))
         return out
 
+    def _many_of_bytes(self, rows: Tensor) -> Tensor:
+        assert self.codes is not None
+        assert self.scale is not None
+        codes, scale = rows_to_int8(rows)
+        if multiplies_bytes():
+            out = torch._int_mm(codes.to(torch.int8), self.codes.t()).float()
+        else:
+            out = Matrix(INT8, self.codes, self.shape[1], torch.ones_like(self.scale))(codes)
+        return out.mul_(scale).mul_(self.scale.float().squeeze(1))
+
     def decode(self, first: int, count: int) -> Tensor:
         """Rows of the weight (count, C): wide, but for the scale of a whole row."""
         assert self.codes is not None
-        if self.kind in (FLOAT32, BFLOAT16, INT8):
+        if self.kind in (FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC):
             return self.codes[first : first + count]
         out = torch.empty(count, self.shape[1], **library.EXACT)
         threads = torch.get_num_threads()
@@ -101,6 +114,20 @@ def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies matrices in bfloat16 quicker than in float32."""
     features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in features)
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether PyTorch multiplies matrices of whole numbers of 8 bits, and quickly on this processor."""
+    return hasattr(torch, "_int_mm") and bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+
+
+def rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) to codes from -127 to 127, still floats, and each row's scale, float32 (M, 1). A row has its own
+    scale, so that what is computed of it does not depend on the rows beside it."""
+    wide = x.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp_min_(1e-30).mul_(1 / 127)
+    return (wide / scale).round_(), scale
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

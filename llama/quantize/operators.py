@@ -16,7 +16,6 @@ N is the rows of a weight (outputs), K its columns (inputs).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,8 +28,9 @@ from torch import Tensor
 from llama.kernels.library import available
 from llama.kernels.matrix import INT4 as KIND_INT4
 from llama.kernels.matrix import INT8 as KIND_INT8
+from llama.kernels.matrix import INT8_DYNAMIC as KIND_INT8_DYNAMIC
 from llama.kernels.matrix import NF4 as KIND_NF4
-from llama.kernels.matrix import Matrix
+from llama.kernels.matrix import Matrix, multiplies_bytes, rows_to_int8
 from llama.quantize.codes import MIDDLE, one_in_a_byte, two_in_a_byte
 
 Stored = dict[str, Tensor]
@@ -94,7 +94,7 @@ def of_kernels(kind: int, *numbers: str) -> Operator:
     """Multiplying by codes of a kind of llama/kernels, and by a group's `numbers`: its scale and zero point."""
 
     def pack(stored: Stored) -> Packed:
-        columns = stored["codes"].shape[1] * (1 if kind == KIND_INT8 else 2)
+        columns = stored["codes"].shape[1] * (1 if stored["codes"].dtype == torch.int8 else 2)
         return {"matrix": Matrix(kind, stored["codes"], columns, *(stored[key] for key in numbers))}
 
     def unpack(packed: Packed) -> Stored:
@@ -106,18 +106,9 @@ def of_kernels(kind: int, *numbers: str) -> Operator:
     )
 
 
-INT8_KERNEL, INT4_KERNEL = of_kernels(KIND_INT8, "scale"), of_kernels(KIND_INT4, "scale", "zero")
+INT8_KERNEL, INT8_DYNAMIC_KERNEL = of_kernels(KIND_INT8, "scale"), of_kernels(KIND_INT8_DYNAMIC, "scale")
+INT4_KERNEL = of_kernels(KIND_INT4, "scale", "zero")
 NF4_KERNEL = of_kernels(KIND_NF4, "absmax")
-
-
-def _rounded(packed: Packed, x: Tensor) -> Tensor:
-    codes, scale = _rows_to_int8(x)
-    out: Tensor = packed["matrix"](codes).mul_(scale)
-    return out.to(x.dtype)
-
-
-INT8_ROUNDED = Operator(_takes_kernels, INT8_KERNEL.pack, _rounded, INT8_KERNEL.unpack, None)
-"""The same with activations in 8 bits, for a processor without instructions for them: whole numbers, as floats."""
 
 
 # int8: codes times scales, bfloat16 activations ----------------------------------------------------------------------
@@ -146,73 +137,15 @@ INT8 = Operator(_takes_int8, _contiguous, _int8, lambda packed: packed)
 # int8 with activations quantised as well -----------------------------------------------------------------------------
 
 
-def _takes_fbgemm(stored: Stored) -> bool:
-    # Without VNNI, pairs of products are added in 16 bits, which overflow.
-    there = has("quantized::linear_dynamic", "cpu") and hasattr(torch, "_make_per_channel_quantized_tensor")
-    there = there and "fbgemm" in torch.backends.quantized.supported_engines
-    return _device(stored) == "cpu" and there and torch.cpu._is_vnni_supported() and stored["codes"].shape[1] > 1
-
-
-def _pack_fbgemm(stored: Stored) -> Packed:
-    codes, scale = stored["codes"], stored["scale"].flatten().double()
-    unit = torch.zeros(1, codes.shape[1])
-    unit[0, :2] = torch.tensor([-128.0, 127.0])
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        with warnings.catch_warnings():  # quantised tensors are to vanish one day; `takes` sees it when they have
-            warnings.simplefilter("ignore", UserWarning)
-            whole = torch._make_per_channel_quantized_tensor(
-                codes, scale, torch.zeros(len(codes), dtype=torch.int64), 0
-            )
-            return {"codes": torch.ops.quantized.linear_prepack(whole, None), "unit": unit}
-    finally:
-        torch.backends.quantized.engine = engine
-
-
-def _unpack_fbgemm(packed: Packed) -> Stored:
-    whole, _ = torch.ops.quantized.linear_unpack(packed["codes"])
-    return {"codes": whole.int_repr(), "scale": whole.q_per_channel_scales().bfloat16().unsqueeze(1)}
-
-
-def _fbgemm(packed: Packed, x: Tensor) -> Tensor:
-    """Activations in 8 bits. The operator quantises all that it is given by one scale: right for one row. Several are
-    brought to the same largest size before, and a row of -128, 127 and zeros beside them makes that scale 1."""
-    wide = x.float()
-    if len(x) == 1:
-        return _multiply_fbgemm(packed, wide).to(x.dtype)
-    scale = _scale_of_rows(wide)
-    out = _multiply_fbgemm(packed, torch.cat((wide / scale, packed["unit"])))
-    return out[: len(x)].mul_(scale).to(x.dtype)
-
-
-def _scale_of_rows(wide: Tensor) -> Tensor:
-    return wide.abs().amax(1, keepdim=True).clamp_min_(1e-30).mul_(1 / 127)
-
-
-def _multiply_fbgemm(packed: Packed, wide: Tensor) -> Tensor:
-    out: Tensor = torch.ops.quantized.linear_dynamic(wide, packed["codes"], False)
-    return out
-
-
-FBGEMM = Operator(_takes_fbgemm, _pack_fbgemm, _fbgemm, _unpack_fbgemm, None)
-
-
-def _rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (M, K) to codes from -127 to 127, still floats, and each row's scale, float32 (M, 1). A row has its own
-    scale, so that what is computed of it does not depend on the rows beside it."""
-    wide = x.float()
-    scale = _scale_of_rows(wide)
-    return (wide / scale).round_(), scale
-
-
 def _takes_int_mm(stored: Stored) -> bool:
     codes = stored["codes"]
+    if _device(stored) == "cpu":
+        return multiplies_bytes()
     return _device(stored) == "cuda" and has("aten::_int_mm", "cuda") and not (len(codes) % 8 or codes.shape[1] % 8)
 
 
 def _int_mm(packed: Packed, x: Tensor) -> Tensor:
-    codes, scale = _rows_to_int8(x)
+    codes, scale = rows_to_int8(x)
     rows = max(32, -(-len(x) // 8) * 8)  # cuBLAS wants more than 16 rows
     padded = F.pad(codes.to(torch.int8), (0, 0, 0, rows - len(x)))
     out = torch._int_mm(padded, packed["codes"].t())[: len(x)]
@@ -221,7 +154,7 @@ def _int_mm(packed: Packed, x: Tensor) -> Tensor:
 
 
 INT_MM = Operator(_takes_int_mm, _contiguous, _int_mm, lambda packed: packed, None)
-"""For CUDA. Its arithmetic is tested on a CPU, its speed nowhere yet."""
+"""For CUDA, where its speed has not been measured yet, and for a CPU without a C++ compiler."""
 
 
 # int4: groups with a scale and a zero point, bfloat16 activations ----------------------------------------------------

@@ -79,8 +79,9 @@ def test_hundreds_of_slots_are_attended_to_as_by_the_blocks(dtype: torch.dtype, 
             assert loss < (1e-5 if dtype == torch.float32 else 3e-2), (starts, loss)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4", "nf4"])
 def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
+    """In 8 bits what is a little larger than half a step in one of the two may be a little smaller in the other."""
     if scheme == "nf4":
         pytest.importorskip("bitsandbytes")
     quantised = quantize_(model(), scheme)
@@ -90,7 +91,10 @@ def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
     for part, starts in ((tokens[:, :16], 0), (tokens[:, 16:20], 16), (tokens[:, 20:21], [20, 7])):
         right = scores(quantised, part, starts)
         assert right.abs().max() > 1
-        torch.testing.assert_close(scores(fast, part, starts), right, rtol=0, atol=ROUNDED)
+        found = scores(fast, part, starts)
+        assert float((found - right).norm() / right.norm()) < 0.01
+        if scheme != "int8-dynamic":
+            torch.testing.assert_close(found, right, rtol=0, atol=ROUNDED)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (8, 2), (4, 1)])
@@ -145,11 +149,6 @@ def test_a_model_that_is_let_go_is_gone() -> None:
         assert gone() is None
     finally:
         gc.enable()
-
-
-def test_activations_in_8_bits_are_rounded_between_products_so_blocks_do_it() -> None:
-    fast = speed_up_(quantize_(model(), "int8-dynamic"))
-    assert not isinstance(fast.hidden, Steps)
 
 
 def test_float32_writes_the_same_200_tokens() -> None:
