@@ -92,7 +92,7 @@ def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
         right = scores(quantised, part, starts)
         assert right.abs().max() > 1
         found = scores(fast, part, starts)
-        assert float((found - right).norm() / right.norm()) < 0.01
+        assert float((found - right).norm() / right.norm()) < 0.02
         if scheme != "int8-dynamic":
             torch.testing.assert_close(found, right, rtol=0, atol=ROUNDED)
 
