@@ -2,8 +2,8 @@
 
 What costs time besides the matrices is every single operation: a few microseconds each, and a small model has nothing
 else to do. So matrices that read the same vector are one (wq, wk and wv; w1 and w3), q and k are rotated together, as
-complex numbers, a norm takes three calls instead of eight, and attention makes no mask where none is needed. It is for
-inference: the weights are packed (packing.py), and can't be trained or saved any more.
+complex numbers or in one pass of the kernels, a norm takes three calls instead of eight, and attention makes no mask
+where none is needed. It is for inference: the weights are packed (packing.py), and can't be trained or saved any more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llama.cache import Span
 from llama.fast.attention import attend
 from llama.fast.packing import Product, join, put_
+from llama.kernels import prompt
 from llama.model import Attend, Extend, RMSNorm, TransformerBlock
 from llama.parallel import RowParallelLinear
 
@@ -43,19 +44,29 @@ class FusedBlock(nn.Module):
         keys, values = extend(k, v)
         out = self.attend(q.transpose(1, 2), keys, values, span)  # (B, H, T, D)
         h: Tensor = x + self.wo(out.transpose(1, 2).reshape(B, T, -1))
-        gate, proposal = self.w13(self.ffn_norm(h)).chunk(2, dim=-1)
-        return h.add_(self.w2(F.silu(gate).mul_(proposal)))
+        return h.add_(self.w2(gated(self.w13(self.ffn_norm(h)))))
+
+
+def gated(both: Tensor) -> Tensor:
+    """silu(gate)·proposal of (..., 2·hidden), the gates first."""
+    if not torch.compiler.is_compiling() and prompt.in_one_pass(both):
+        return prompt.gated(both)
+    gate, proposal = both.chunk(2, dim=-1)
+    return F.silu(gate).mul_(proposal)
 
 
 class Turn:
-    """rope.py's `rotate`, each pair as a complex number: one multiplication. Its factors, the same for all blocks of a
-    step, are made by the first."""
+    """rope.py's `rotate`: by the kernels, or each pair as a complex number, in one multiplication. Its factors, the
+    same for all blocks of a step, are made by the first."""
 
     def __init__(self) -> None:
         self._made_of: Tensor | None = None
         self._factors = torch.empty(0)
 
     def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, T, H, D) is no longer needed afterwards."""
+        if not torch.compiler.is_compiling() and prompt.in_one_pass(x):
+            return prompt.turn_(x, *rotation)
         pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * self._of(rotation)).flatten(-2).type_as(x)
 

@@ -163,16 +163,23 @@ inline uint16_t narrow(float wide) {  // to the nearest bfloat16, of two the eve
 
 inline void put(float* at, Floats v) { store(at, v); }
 
-inline void put(uint16_t* at, Floats v) {  // as `narrow`, of numbers and of the NaNs that arithmetic makes
+typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
+
+inline Words narrowed(Floats v) {  // as `narrow`, of numbers and of the NaNs that arithmetic makes
+    Words bits = Words(v);
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+inline void put(uint16_t* at, Floats v) {
 #ifdef MULTIPLIES_BFLOAT16
     auto narrow = _mm512_cvtneps_pbh(__m512(v));
 #else
-    typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
-    Words bits = Words(v);
-    Narrow narrow = __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Narrow);
+    Narrow narrow = __builtin_convertvector(narrowed(v), Narrow);
 #endif
     std::memcpy(at, &narrow, sizeof narrow);
 }
+
+inline Floats widened(const uint16_t* at) { return Floats(__builtin_convertvector(load<Narrow>(at), Words) << 16); }
 
 typedef float Four __attribute__((vector_size(16)));
 
@@ -1121,6 +1128,36 @@ void run_half(const Block* block, int64_t is_attention, const Step* step, const 
 // softmax(q·k / sqrt(D))·v of a prompt, each token of which sees the slots up to its own.
 void attend_prompt(const Prompt* prompt) {
     prompt->kind == FLOAT32 ? attend_to<float>(*prompt) : attend_to<uint16_t>(*prompt);
+}
+
+// Of bfloat16, (rows, T, heads, D): pairs of neighbours turned by the angles of their token, cos and sin (T, D/2) or, with
+// an `angle_row` between rows, (rows, T, D/2). D is a multiple of 2 * LANES.
+void turn(uint16_t* x, int64_t rows, int64_t tokens, int64_t heads, int64_t head_dim, int64_t token_stride, const float* cos,
+          const float* sin, int64_t angle_row, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < rows * tokens; token++) {
+        int64_t angles = token / tokens * angle_row + token % tokens * head_dim / 2;
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t pair = 0; pair < head_dim / 2; pair += LANES) {
+                uint16_t* at = x + token * token_stride + head * head_dim + 2 * pair;
+                Words words = load<Words>(at);
+                Floats even = Floats(words << 16), odd = Floats(words & 0xffff0000u);
+                Floats c = load<Floats>(cos + angles + pair), s = load<Floats>(sin + angles + pair);
+                Words turned = narrowed(even * c - odd * s) | narrowed(even * s + odd * c) << 16;
+                std::memcpy(at, &turned, sizeof turned);
+            }
+    }
+}
+
+// Of bfloat16, x (n, 2 * hidden) to out (n, hidden): the first half's silu times the second. `hidden` is a multiple of LANES.
+void gate(const uint16_t* x, int64_t n, int64_t hidden, uint16_t* out, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < n; token++)
+        for (int64_t i = 0; i < hidden; i += LANES) {
+            const uint16_t* at = x + 2 * token * hidden + i;
+            Floats g = widened(at);
+            put(out + token * hidden + i, g / (1.0f + exponential(-g)) * widened(at + hidden));
+        }
 }
 
 // x (n, C) times a weight (N, C), transposed: out (n, N).

@@ -89,6 +89,8 @@ FUNCTIONS = {
     "run_blocks": (_BLOCK, _NUMBER, _STEP, _POINTER),
     "run_half": (_BLOCK, _NUMBER, _STEP, _POINTER, _POINTER),
     "attend_prompt": (ctypes.POINTER(Prompt),),
+    "turn": (_POINTER, *(_NUMBER,) * 5, _POINTER, _POINTER, _NUMBER, _NUMBER),
+    "gate": (_POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER),
     "multiply": (_MATRIX, _POINTER, _NUMBER, _POINTER, _NUMBER),
     "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER),
 }

@@ -1,4 +1,5 @@
-"""A prompt's attention by the kernels: many queries a row, without any score in memory."""
+"""What a prompt needs besides products, by the kernels: attention without any score in memory, and what PyTorch takes
+several passes over memory for in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,6 +11,33 @@ from torch import Tensor
 from llama.kernels import library
 from llama.kernels.library import available
 from llama.kernels.matrix import PLAIN
+
+
+def in_one_pass(x: Tensor) -> bool:
+    """Whether `turn_` and `gated` take x (..., C)."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 32 == 0 and available()
+
+
+def turn_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rope.py's `rotate`, in place: heads (B, T, H, D) bfloat16, whose heads lie one after the other; cos and sin
+    (B or 1, T, 1, D/2) float32. D is a multiple of twice the kernels' lanes."""
+    B, T, H, D = heads.shape
+    assert heads.stride()[2:] == (D, 1)
+    assert heads.stride(0) == T * heads.stride(1)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    angle_row = 0 if len(cos) == 1 else T * D // 2
+    pointers, threads = [t.data_ptr() for t in (heads, cos, sin)], torch.get_num_threads()
+    library.load().turn(pointers[0], B, T, H, D, heads.stride(1), pointers[1], pointers[2], angle_row, threads)
+    return heads
+
+
+def gated(x: Tensor) -> Tensor:
+    """silu(gate)·proposal: x (..., 2·hidden) bfloat16, the gates first, to (..., hidden). `hidden` is a multiple of
+    the kernels' lanes."""
+    x, hidden = x.contiguous(), x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], hidden)
+    library.load().gate(x.data_ptr(), out.numel() // hidden, hidden, out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def quickest(q: Tensor) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.kernels.prompt import attend
+from llama.kernels.prompt import attend, gated, turn_
 
 pytestmark = pytest.mark.usefixtures("lanes")
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -100,3 +100,27 @@ def test_any_strides_will_do() -> None:
         for which in range(3):
             given = [made(t) if at == which else t for at, t in enumerate((q, keys, values))]
             torch.testing.assert_close(attend(*given, starts), right)
+
+
+@pytest.mark.parametrize("rows_of_angles", [1, 2])
+def test_pairs_are_turned_in_place(rows_of_angles: int) -> None:
+    """And nothing beside them."""
+    every = torch.randn(2, 5, 7, 96).bfloat16()
+    angles = torch.randn(rows_of_angles, 5, 1, 48) * 3
+    pairs = torch.view_as_complex(every[:, :, :4].double().unflatten(-1, (48, 2))) * torch.polar(
+        torch.ones_like(angles).double(), angles.double()
+    )
+    right, beside = torch.view_as_real(pairs).flatten(-2), every[:, :, 4:].clone()
+    found = turn_(every[:, :, :4], angles.cos(), angles.sin())
+    torch.testing.assert_close(found.double(), right, rtol=2**-8, atol=1e-6)
+    assert found.data_ptr() == every.data_ptr()
+    assert torch.equal(every[:, :, 4:], beside)
+
+
+def test_the_first_half_gates_the_second() -> None:
+    x = (torch.randn(2, 3, 192) * 20).bfloat16()
+    x[0, 0, :4] = torch.tensor([0.0, 300.0, -300.0, torch.nan])
+    gate, proposal = x.double().chunk(2, -1)
+    right = gate / (1 + torch.exp(-gate)) * proposal
+    torch.testing.assert_close(gated(x).double(), right, rtol=2**-8, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(gated(x.transpose(0, 1)), gated(x).transpose(0, 1), rtol=0, atol=0, equal_nan=True)
