@@ -161,6 +161,9 @@ inline uint16_t narrow(float wide) {  // to the nearest bfloat16, of two the eve
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline void as_number(float wide, float& number) { number = wide; }
+inline void as_number(float wide, uint16_t& number) { number = narrow(wide); }
+
 inline void put(float* at, Floats v) { store(at, v); }
 
 typedef uint16_t Narrow __attribute__((vector_size(2 * LANES)));
@@ -374,9 +377,11 @@ struct Int4 : FourBits<GROUP> {  // (code - 8) * scale + zero
             }
         return total;
     }
+    static float value(const Matrix& m, int64_t group, int code) {
+        return float(code - 8) * widen(m.scale[group]) + widen(m.zero[group]);
+    }
     static float at(const Matrix& m, int64_t row, int64_t column) {
-        int64_t group = (row * m.columns + column) / GROUP;
-        return float(FourBits<GROUP>::code_at(m, row, column) - 8) * widen(m.scale[group]) + widen(m.zero[group]);
+        return value(m, (row * m.columns + column) / GROUP, FourBits<GROUP>::code_at(m, row, column));
     }
 };
 
@@ -442,8 +447,9 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
         Bytes pairs = load<Bytes>(row + step * 4 * LANES), codes = (vector < 2 ? pairs : pairs >> 4) & uint8_t(15);
         return interleave(look_up(LEVELS.lower, codes), look_up(LEVELS.upper, codes), vector % 2);
     }
+    static float value(const Matrix& m, int64_t group, int code) { return NORMAL[code] * widen(m.scale[group]); }
     static float at(const Matrix& m, int64_t row, int64_t column) {
-        return NORMAL[FourBits<GROUP>::code_at(m, row, column)] * widen(m.scale[(row * m.columns + column) / GROUP]);
+        return value(m, (row * m.columns + column) / GROUP, FourBits<GROUP>::code_at(m, row, column));
     }
 };
 
@@ -702,14 +708,19 @@ void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<
 }
 
 template <class Use>
+void with_four_bits(const Matrix& m, Use use) {
+    if (m.kind == NF4) return use(Nf4<64>{});
+    m.group == 32 ? use(Int4<32>{}) : m.group == 64 ? use(Int4<64>{}) : use(Int4<128>{});
+}
+
+template <class Use>
 void with_kind(const Matrix& m, Use use) {
     switch (m.kind) {
         case FLOAT32: return use(Float32{});
         case BFLOAT16: return use(Bfloat16Pairs{});
         case INT8: return use(Int8{});
         case INT8_DYNAMIC: return use(Int8Dynamic{});
-        case INT4: return m.group == 32 ? use(Int4<32>{}) : m.group == 64 ? use(Int4<64>{}) : use(Int4<128>{});
-        case NF4: return use(Nf4<64>{});
+        default: return with_four_bits(m, use);
     }
 }
 
@@ -718,10 +729,24 @@ void product(const Matrix& m, const float* x, int64_t n, std::initializer_list<P
     with_kind(m, [&](auto kind) { products<decltype(kind)>(m, x, n, parts); });
 }
 
+// A row of a plain weight.
 void decode_row(const Matrix& m, int64_t row, float* out) {
-    with_kind(m, [&](auto kind) {
-        for (int64_t c = 0; c < m.columns; c++) out[c] = kind.finish(m, row, kind.at(m, row, c));
-    });
+    auto as = [&](auto kind) {
+        for (int64_t c = 0; c < m.columns; c++) out[c] = kind.at(m, row, c);
+    };
+    m.kind == FLOAT32 ? as(Float32{}) : as(Bfloat16{});
+}
+
+// A row of 4 bits: each group's values are few.
+template <class T, class W>
+void decode_row(W, const Matrix& m, int64_t row, T* out) {
+    int64_t first = row * m.columns / m.group;
+    const uint8_t* pairs = static_cast<const uint8_t*>(m.codes) + row * W::bytes(m.columns);
+    for (int64_t group = first; group < first + m.columns / m.group; group++) {
+        T values[16];
+        for (int code = 0; code < 16; code++) as_number(W::value(m, group, code), values[code]);
+        for (int64_t i = 0; i < m.group; i += 2, pairs++) *out++ = values[*pairs >> 4], *out++ = values[*pairs & 15];
+    }
 }
 
 // The parts of a block ------------------------------------------------------------------------------------------------
@@ -1170,10 +1195,14 @@ void multiply(const Matrix* m, const float* x, int64_t n, float* out, int64_t th
     }
 }
 
-// Rows first to first + count of a weight, as float32 (count, C).
-void decode(const Matrix* m, int64_t first, int64_t count, float* out, int64_t threads) {
+// Rows first to first + count of a weight of 4 bits, as numbers of a kind (count, C).
+void decode(const Matrix* m, int64_t first, int64_t count, void* out, int64_t kind, int64_t threads) {
+    with_four_bits(*m, [&](auto codes) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < count; row++) decode_row(*m, first + row, out + row * m->columns);
+        for (int64_t row = 0; row < count; row++)
+            kind == FLOAT32 ? decode_row(codes, *m, first + row, static_cast<float*>(out) + row * m->columns)
+                            : decode_row(codes, *m, first + row, static_cast<uint16_t*>(out) + row * m->columns);
+    });
 }
 
 }  // extern "C"

@@ -92,7 +92,7 @@ FUNCTIONS = {
     "turn": (_POINTER, *(_NUMBER,) * 5, _POINTER, _POINTER, _NUMBER, _NUMBER),
     "gate": (_POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER),
     "multiply": (_MATRIX, _POINTER, _NUMBER, _POINTER, _NUMBER),
-    "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER),
+    "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER, _NUMBER),
 }
 """Those of kernels.cpp, and what they take."""
 RETURNING = ("lanes", "multiplies_bfloat16", "multiplies_bytes", "sum_of_threads", "run_blocks")

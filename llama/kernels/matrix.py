@@ -81,7 +81,7 @@ class Matrix:
         out = rows.new_empty(len(rows), self.shape[0])
         step = max(1, WIDENED // self.shape[1])
         for first in range(0, self.shape[0], step):
-            weight = self.decode(first, min(step, self.shape[0] - first)).to(dtype)
+            weight = self.decode(first, min(step, self.shape[0] - first), dtype)
             out[:, first : first + step] = product(rows, weight)
         if self.kind == INT8:
             assert self.scale is not None
@@ -98,14 +98,14 @@ class Matrix:
             out = Matrix(INT8, self.codes, self.shape[1], torch.ones_like(self.scale))(codes)
         return out.mul_(scale).mul_(self.scale.float().squeeze(1))
 
-    def decode(self, first: int, count: int) -> Tensor:
-        """Rows of the weight (count, C): wide, but for the scale of a whole row."""
+    def decode(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight (count, C) in `dtype`, but for the scale of a whole row."""
         assert self.codes is not None
-        if self.kind in (FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC):
-            return self.codes[first : first + count]
-        out = torch.empty(count, self.shape[1], **library.EXACT)
-        threads = torch.get_num_threads()
-        library.load().decode(ctypes.byref(self.struct), first, count, out.data_ptr(), threads)
+        if self.kind not in (INT4, NF4):
+            return self.codes[first : first + count].to(dtype)
+        out = torch.empty(count, self.shape[1], dtype=dtype, device="cpu")
+        kind, threads = PLAIN[dtype], torch.get_num_threads()
+        library.load().decode(ctypes.byref(self.struct), first, count, out.data_ptr(), kind, threads)
         return out
 
 
