@@ -1,4 +1,5 @@
-// A step of a few tokens: the transformer's blocks, and products by weights of 32, 16, 8 and 4 bits.
+// A step of a few tokens: the transformer's blocks, and products by weights of 32, 16, 8 and 4 bits. And what a prompt needs
+// besides products, which are the framework's.
 //
 // Writing a token multiplies a few vectors by every weight of the model. What takes the time is to read the weights, as
 // long as nothing else gets in the way; and with a framework's operators something does: each costs some microseconds to
@@ -456,7 +457,7 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
 // Products ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t AHEAD = 1024;  // bytes of a row: what is asked for from memory while others are multiplied
-constexpr int64_t SHARED = 512;  // columns of x that share a power of two; of so many products the sum has 32 bits
+constexpr int64_t SHARED = 512;  // columns of x that share a unit; of so many products the sum has 32 bits
 
 // Numbers as whole ones up to `limit` (in the lower bits); returns what a 1 is. Beside infinity, or what is no number,
 // nothing is one.
@@ -518,7 +519,7 @@ void place(const Matrix& m, const float* x, float* placed) {
                     for (int64_t i = first; i < first + m.group; i++) total += Number(numbers[i]);
                     sums[W::placed_group((shared + first) / m.group)] = unit.one * float(total);
                 }
-            if constexpr (W::BIAS)
+            if constexpr (W::BIAS != 0)
                 for (int64_t i = 0; i < count; i++) unit.begin -= W::BIAS * Number(numbers[i]);
             unit.one *= W::UNIT;
             std::memcpy(units, &unit, sizeof unit);
@@ -579,7 +580,7 @@ inline void tile(
                 const uint8_t* rows = codes + first * gap * size;
                 Floats part[T][X] = {};
                 Ints whole[T][X] = {};
-                if constexpr (W::BIAS)
+                if constexpr (W::BIAS != 0)
 #pragma GCC unroll 6
                     for (int j = 0; j < X; j++)
 #pragma GCC unroll 6
@@ -1023,7 +1024,8 @@ struct Attention {
             }
             float before = most[query + r], now = std::max(before, largest(highest));
             for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
-                Floats weight = exponential(load<Floats>(&scores[r][slot]) - now);
+                Floats score = load<Floats>(&scores[r][slot]), weight = exponential(score - now);
+                weight = score <= NEVER ? Floats{} : weight;
                 added += weight;
                 put(&weights[r][slot], weight);
             }
@@ -1159,7 +1161,7 @@ void attend_prompt(const Prompt* prompt) {
 // an `angle_row` between rows, (rows, T, D/2). D is a multiple of 2 * LANES.
 void turn(uint16_t* x, int64_t rows, int64_t tokens, int64_t heads, int64_t head_dim, int64_t token_stride, const float* cos,
           const float* sin, int64_t angle_row, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (rows * tokens > 1)
     for (int64_t token = 0; token < rows * tokens; token++) {
         int64_t angles = token / tokens * angle_row + token % tokens * head_dim / 2;
         for (int64_t head = 0; head < heads; head++)
@@ -1176,7 +1178,7 @@ void turn(uint16_t* x, int64_t rows, int64_t tokens, int64_t heads, int64_t head
 
 // Of bfloat16, x (n, 2 * hidden) to out (n, hidden): the first half's silu times the second. `hidden` is a multiple of LANES.
 void gate(const uint16_t* x, int64_t n, int64_t hidden, uint16_t* out, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (n > 1)
     for (int64_t token = 0; token < n; token++)
         for (int64_t i = 0; i < hidden; i += LANES) {
             const uint16_t* at = x + 2 * token * hidden + i;

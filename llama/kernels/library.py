@@ -200,16 +200,15 @@ def _key() -> str:
 
 
 def _check(library: ctypes.CDLL) -> None:
-    """Products by 1 to 320 of rows of which no two columns beside each other are alike, and two threads that know which
-    they are: a compiler's or a processor's mistake stops here."""
-    columns, rows = 320, 7
+    """Products of 1 to 255, by rows of which no two columns beside each other are alike, of one vector and of several,
+    and two threads that know which they are: where a compiler or a processor gets those wrong, it stops here."""
+    columns, rows = 320, 35
     x = torch.arange(columns, **EXACT) % 255 + 1  # whole numbers that bfloat16 has
     weight = (7 * x % 15 - 7).repeat(rows, 1)  # -7 to 7
     places = (weight + 8).to(torch.uint8)
     fours = places[:, ::2] << 4 | places[:, 1::2]
     levels = torch.tensor(NF4_LEVELS, **EXACT)[places.long()]
     one = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu")
-    out = torch.empty(rows, **EXACT)
     of_rows = one[:, 0].contiguous()
     # `most` is how far off it may be: x is rounded to 16 bits, or 8, and nf4's levels to 13.
     for kind, stored, scale, zero, group, most in (
@@ -222,9 +221,12 @@ def _check(library: ctypes.CDLL) -> None:
     ):
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, zero))
         matrix = Matrix(*pointers, kind, rows, columns, group)
-        out.fill_(torch.nan)
-        library.multiply(ctypes.byref(matrix), x.data_ptr(), 1, out.data_ptr(), 2)
-        if not ((out - (levels if kind == 5 else weight) @ x).abs() <= most).all():
+        right = (levels if kind == 5 else weight) @ x
+        for n in (1, 5):
+            vectors, out = x.repeat(n, 1), torch.full((n, rows), torch.nan, **EXACT)
+            library.multiply(ctypes.byref(matrix), vectors.data_ptr(), n, out.data_ptr(), 2)
+            if (out - right).abs().amax() <= most:
+                continue
             raise ValueError(f"what {SOURCE} was compiled to multiplies wrongly here: name another compiler in CXX")
     if library.sum_of_threads(2) != 1:
         raise ValueError(f"what {SOURCE} was compiled to has OpenMP's threads mixed up: name another compiler in CXX")

@@ -94,8 +94,8 @@ class Matrix:
         codes, scale = rows_to_int8(rows)
         if multiplies_bytes():
             out = torch._int_mm(codes.to(torch.int8), self.codes.t()).float()
-        else:
-            out = Matrix(INT8, self.codes, self.shape[1], torch.ones_like(self.scale))(codes)
+        else:  # as floats, which have them exactly
+            out = product(codes, self.codes.float())
         return out.mul_(scale).mul_(self.scale.float().squeeze(1))
 
     def decode(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -119,7 +119,8 @@ def multiplies_bfloat16() -> bool:
 @cache
 def multiplies_bytes() -> bool:
     """Whether PyTorch multiplies matrices of whole numbers of 8 bits, and quickly on this processor."""
-    return hasattr(torch, "_int_mm") and bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+    there = hasattr(torch, "_int_mm") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(there and getattr(torch.cpu, "_is_vnni_supported", bool)())
 
 
 def rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

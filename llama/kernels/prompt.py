@@ -14,8 +14,8 @@ from llama.kernels.matrix import PLAIN
 
 
 def in_one_pass(x: Tensor) -> bool:
-    """Whether `turn_` and `gated` take x (..., C)."""
-    return x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 32 == 0 and available()
+    """Whether `turn_` and `gated` take x (..., C): there is no way back through them."""
+    return not x.requires_grad and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 32 == 0 and available()
 
 
 def turn_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,9 +41,12 @@ def gated(x: Tensor) -> Tensor:
 
 
 def quickest(q: Tensor) -> bool:
-    """Whether the kernels are the quickest way for queries (B, H, T, D): where vectors have 512 bits. In narrower ones
-    PyTorch's fused kernel is as quick (docs/LOG.md)."""
-    return q.is_cpu and q.dtype in PLAIN and available() and library.load().lanes() == 16 and q.shape[-1] % 16 == 0
+    """Whether the kernels are the quickest way for queries (B, H, T, D): where vectors have 512 bits and, if these are
+    in bfloat16, the processor multiplies in it. In narrower ones PyTorch's fused kernel is as quick (docs/LOG.md)."""
+    if q.requires_grad or not q.is_cpu or q.dtype not in PLAIN or q.shape[-1] % 16 or not available():
+        return False
+    kernels = library.load()
+    return kernels.lanes() == 16 and (q.dtype == torch.float32 or bool(kernels.multiplies_bfloat16()))
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
@@ -54,6 +57,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
     D is a multiple of the kernels' lanes. Softmax and sums are in float32; its weights meet the values in their dtype.
     """
     B, H, T, D = q.shape
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(
+            f"queries are {q.dtype}, keys {keys.dtype} and values {values.dtype}: they must be of one dtype, so make "
+            "the cache in the model's"
+        )
     q, keys, values = (t if t.stride()[-1] == 1 else t.contiguous() for t in (q, keys, values))
     if keys.stride() != values.stride() or keys.stride(2) != D:
         keys, values = keys.contiguous(), values.contiguous()

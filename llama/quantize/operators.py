@@ -83,7 +83,7 @@ def _device(stored: Stored) -> str:
     return stored["codes"].device.type
 
 
-# The kernels: every scheme's stored tensors as they lie, activations in 16 bits, float32 sums -------------------------
+# The kernels: every scheme's stored tensors as they lie, activations in 16 bits or 8, float32 sums --------------------
 
 
 def _takes_kernels(stored: Stored) -> bool:

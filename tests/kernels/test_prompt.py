@@ -80,6 +80,28 @@ def test_what_is_no_number_stays_with_those_who_see_it(dtype: torch.dtype) -> No
     assert not lost.any()
 
 
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_what_a_token_sees_does_not_depend_on_those_beside_it(dtype: torch.dtype) -> None:
+    """A prompt in parts, whose blocks of slots and tiles of queries begin elsewhere; what later tokens hold is huge."""
+    q, keys, values, starts = inputs(2, 4, 2, 150, 32, [0, 9], dtype)
+    whole = attend(q, keys, values, starts)
+    for first, last in ((0, 150), (0, 1), (3, 64), (61, 66), (100, 149)):
+        own_keys, own_values = keys.clone(), values.clone()
+        for row, start in enumerate((0, 9)):
+            own_values[row, :, start + last :] = torch.inf
+            own_keys[row, :, start + last :] = 1e30
+        assert torch.equal(attend(q[:, :, first:last], own_keys, own_values, starts + first), whole[:, :, first:last])
+    mixed = values.clone()
+    mixed[:, :, 130:] = 1e30
+    assert torch.equal(attend(q, keys, mixed, starts)[:, :, :120], whole[:, :, :120])
+
+
+def test_dtypes_are_one() -> None:
+    q, keys, values, starts = inputs(1, 2, 1, 5, 16, [0], torch.float32)
+    with pytest.raises(ValueError, match=r"keys torch\.bfloat16 .* must be of one dtype"):
+        attend(q, keys.bfloat16(), values, starts)
+
+
 def test_threads_share_the_work_and_change_nothing() -> None:
     given = inputs(2, 8, 2, 150, 64, [30, 0], torch.bfloat16)
     before, found = torch.get_num_threads(), []

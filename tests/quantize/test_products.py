@@ -173,7 +173,7 @@ def test_shapes_of_activations(word: str) -> None:
 def test_dynamic_rows_do_not_depend_on_their_neighbours() -> None:
     """One scale for all activations would let a loud row, or padding, change what is computed of the others."""
     product = SCHEMES["int8-dynamic"].product(SCHEMES["int8"].quantize(weights(64, 128)))
-    for rows in (4, FEW + 1):
+    for rows in (4, matrix.FEW + 1):
         x = torch.randn(rows, 128)
         quiet = product(x)
         x[1:] *= 1000
@@ -186,7 +186,7 @@ def test_whole_number_products_are_those_of_floats(in_bytes: bool, monkeypatch: 
     """As on CUDA, and as on a CPU that multiplies bytes and one that doesn't."""
     monkeypatch.setattr(matrix, "multiplies_bytes", lambda: in_bytes)
     stored = SCHEMES["int8"].quantize(weights(64, 128))
-    x = torch.randn(FEW + 5, 128)
+    x = torch.randn(matrix.FEW + 5, 128)
     scale = x.abs().amax(1, keepdim=True) / 127
     right = (x / scale).round().double() * scale @ (stored["codes"].double() * stored["scale"].double()).T
     for operator in (operators.INT_MM, operators.INT8_DYNAMIC_KERNEL):
