@@ -200,24 +200,24 @@ def _key() -> str:
 
 
 def _check(library: ctypes.CDLL) -> None:
-    """Products of 1 to 255, by rows of which no two columns beside each other are alike, of one vector and of several,
+    """Products of 1 to 127, by rows of which no two columns beside each other are alike, of one vector and of several,
     and two threads that know which they are: where a compiler or a processor gets those wrong, it stops here."""
     columns, rows = 320, 35
-    x = torch.arange(columns, **EXACT) % 255 + 1  # whole numbers that bfloat16 has
+    x = torch.arange(columns, **EXACT) % 127 + 1  # whole numbers that bfloat16 has, and 8 bits
     weight = (7 * x % 15 - 7).repeat(rows, 1)  # -7 to 7
     places = (weight + 8).to(torch.uint8)
     fours = places[:, ::2] << 4 | places[:, 1::2]
     levels = torch.tensor(NF4_LEVELS, **EXACT)[places.long()]
     one = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu")
     of_rows = one[:, 0].contiguous()
-    # `most` is how far off it may be: x is rounded to 16 bits, or 8, and nf4's levels to 13.
+    # `most` is how far off it may be: 127 is no part of what 16 bits have, and nf4's levels are rounded to 13.
     for kind, stored, scale, zero, group, most in (
         (0, weight, None, None, 0, 0.0),
         (1, weight.bfloat16(), None, None, 0, 0.0),
-        (2, weight.to(torch.int8), of_rows, None, 0, 2.0),
-        (3, weight.to(torch.int8), of_rows, None, 0, 200.0),
-        (4, fours, one, torch.zeros_like(one), 32, 2.0),
-        (5, fours, one[:, :5].contiguous(), None, 64, 20.0),
+        (2, weight.to(torch.int8), of_rows, None, 0, 0.5),
+        (3, weight.to(torch.int8), of_rows, None, 0, 0.0),
+        (4, fours, one, torch.zeros_like(one), 32, 0.5),
+        (5, fours, one[:, :5].contiguous(), None, 64, 10.0),
     ):
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, zero))
         matrix = Matrix(*pointers, kind, rows, columns, group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from llama import Llama, ModelArgs, Transformer, parallel
 from llama.fast import speed_up_
 from llama.fast.step import Steps
-from llama.kernels.matrix import FEW
+from llama.kernels.matrix import FEW, multiplies_bfloat16
 from llama.longcontext.int8_cache import int8_cache
 from llama.quantize.layers import quantize_
 from parallel.ranks import on_ranks
@@ -76,7 +76,9 @@ def test_hundreds_of_slots_are_attended_to_as_by_the_blocks(dtype: torch.dtype, 
             found, right = steps(part, starts, fast.own_cache()), exact.hidden(part, starts, exact.own_cache())
             assert found.dtype == torch.float32
             loss = float((found - right).norm() / right.norm())
-            assert loss < (1e-5 if dtype == torch.float32 else 3e-2), (starts, loss)
+            # Where the processor multiplies in bfloat16, x is rounded to it as well.
+            bound = 3e-2 if multiplies_bfloat16() else 2e-2
+            assert loss < (1e-5 if dtype == torch.float32 else bound), (starts, loss)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4", "nf4"])
@@ -88,7 +90,13 @@ def test_quantised_weights_are_read_by_the_same_call(scheme: str) -> None:
     fast = speed_up_(copy.deepcopy(quantised))
     in_one_call(fast)
     tokens = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(1))
-    for part, starts in ((tokens[:, :16], 0), (tokens[:, 16:20], 16), (tokens[:, 20:21], [20, 7])):
+    first = 16 if multiplies_bfloat16() else 30  # a longer one is left to the blocks, which multiply in it
+    parts = (
+        (tokens[:, :first], 0),
+        (tokens[:, first : first + 4], first),
+        (tokens[:, first + 4 : first + 5], [first + 4, 7]),
+    )
+    for part, starts in parts:
         right = scores(quantised, part, starts)
         assert right.abs().max() > 1
         found = scores(fast, part, starts)
@@ -235,7 +243,7 @@ def on_a_rank(init_method: str, scheme: str | None) -> Tensor:
             quantize_(made, scheme)
         fast = speed_up_(made)
         in_one_call(fast)
-        return read(fast, left_to_the_blocks=not scheme)
+        return read(fast, left_to_the_blocks=not (scheme and multiplies_bfloat16()))
 
 
 def read(fast: Transformer, left_to_the_blocks: bool) -> Tensor:
@@ -255,7 +263,8 @@ def read(fast: Transformer, left_to_the_blocks: bool) -> Tensor:
 def test_ranks_together_compute_what_one_does(ranks: int, scheme: str | None) -> None:
     """On four there are more ranks than kv heads. Blocks may read a quantised prompt in bfloat16: there only steps."""
     made = model()
-    expected = read(speed_up_(quantize_(made, scheme) if scheme else made), left_to_the_blocks=not scheme)
+    left = not (scheme and multiplies_bfloat16())
+    expected = read(speed_up_(quantize_(made, scheme) if scheme else made), left_to_the_blocks=left)
     assert expected.abs().max() > 1
     assert not torch.equal(expected[:, -1], expected[:, -2])
     for found in on_ranks(on_a_rank, ranks, scheme, limit=120):
