@@ -183,9 +183,11 @@ def test_dynamic_rows_do_not_depend_on_their_neighbours() -> None:
 
 @pytest.mark.parametrize("in_bytes", [True, False])
 def test_whole_number_products_are_those_of_floats(in_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, and as on a CPU that multiplies bytes and one that doesn't."""
+    """As on CUDA, and as on a CPU that multiplies bytes and one that doesn't. Codes of 7 bits: of 8, a CPU without
+    VNNI, which is never asked to, adds pairs of products that don't fit into 16 bits."""
     monkeypatch.setattr(matrix, "multiplies_bytes", lambda: in_bytes)
     stored = SCHEMES["int8"].quantize(weights(64, 128))
+    stored["codes"] //= 2
     x = torch.randn(matrix.FEW + 5, 128)
     scale = x.abs().amax(1, keepdim=True) / 127
     right = (x / scale).round().double() * scale @ (stored["codes"].double() * stored["scale"].double()).T
