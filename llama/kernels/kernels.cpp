@@ -15,6 +15,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -658,6 +659,9 @@ struct Target {
     }
 };
 
+template <int N>
+using Count = std::integral_constant<int, N>;
+
 template <class W, int R, int X>
 inline void tile_to(
     const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, int64_t token, Ahead ahead, Target target) {
@@ -667,44 +671,18 @@ inline void tile_to(
         for (int r = 0; r < R; r++) target(token + j, row + r * gap, out[r][j]);
 }
 
-// Rows from `row` on, as many as are whole tiles; returns the first of those left. A tile's rows are far apart: each goes
-// on where it was in the tile before, so memory is read in R long streams, and gives more than in one (docs/LOG.md).
+// Tiles of R rows, `gap` apart: those that begin with rows first to last. So memory is read in R long streams, and gives
+// more than in one (docs/LOG.md).
 template <class W, int R, int MOST>
-inline int64_t rows_times(
-    const Matrix& m, int64_t row, int64_t last, const float* x, int64_t stride, int64_t n, Target target) {
-    int64_t gap = (last - row) / R, end = row + gap;
+inline void tiles(
+    const Matrix& m, int64_t first, int64_t last, int64_t gap, const float* x, int64_t stride, int64_t n, Target target) {
     int64_t passes = n / MOST + n % MOST, size = W::bytes(m.columns), part = size / passes, step = W::bytes(W::STEP) / passes;
-    for (; row < end; row++) {
+    for (int64_t row = first; row < last; row++) {
         int64_t token = 0;
         Ahead ahead = {passes == 1 ? AHEAD : size, step};
         for (; token + MOST <= n; token += MOST, ahead.from += part)
             tile_to<W, R, MOST>(m, row, gap, x, stride, token, ahead, target);
         for (; token < n; token++, ahead.from += part) tile_to<W, R, 1>(m, row, gap, x, stride, token, ahead, target);
-    }
-    return end + (R - 1) * gap;
-}
-
-// Some rows of a weight, and where what they make goes.
-struct Part {
-    int64_t first, last;
-    Target target;
-};
-
-template <class W>
-void products(const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts) {
-    if (!n) return;
-    static thread_local std::vector<float> room;
-    int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
-    room.resize(n * stride + 16);
-    float* placed = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) / 4 % 16);
-    for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
-    for (const Part& part : parts) {
-        int64_t row = part.first;
-        // A weight is got for four vectors instead of two, which is less work a vector, and a vector for WIDE rows.
-        if (n < 4) row = rows_times<W, W::TALL, 2>(m, row, part.last, placed, stride, n, part.target);
-        else row = rows_times<W, W::WIDE, 4>(m, row, part.last, placed, stride, n, part.target);
-        if constexpr (W::WIDE > 2) row = rows_times<W, 2, 4>(m, row, part.last, placed, stride, n, part.target);
-        rows_times<W, 1, 1>(m, row, part.last, placed, stride, n, part.target);
     }
 }
 
@@ -723,11 +701,6 @@ void with_kind(const Matrix& m, Use use) {
         case INT8_DYNAMIC: return use(Int8Dynamic{});
         default: return with_four_bits(m, use);
     }
-}
-
-// Rows of a weight times n vectors (n, C).
-void product(const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts) {
-    with_kind(m, [&](auto kind) { products<decltype(kind)>(m, x, n, parts); });
 }
 
 // A row of a plain weight.
@@ -750,17 +723,104 @@ void decode_row(W, const Matrix& m, int64_t row, T* out) {
     }
 }
 
-// The parts of a block ------------------------------------------------------------------------------------------------
+// Threads, and who does what ------------------------------------------------------------------------------------------
+//
+// A machine's processors are not equally quick, least of all where others use them too. So each thread's share of a weight
+// is cut in pieces, and who is done with its own goes on with those that others have not come to.
+
+struct alignas(64) Share {
+    std::atomic<int64_t> taken{0}, given{0};  // pieces, by whom ever, and those of them that others have
+};
 
 struct Thread {
     int64_t index, count;
-    // Its part of a range, in whole sixteens: whole tiles, and whole vectors, so that nothing depends on how many share.
-    void share(int64_t whole, int64_t& first, int64_t& last) const {
+    Share* shares;  // each thread's for this turn, and for the next
+    int64_t turn = 0;
+
+    // A thread's part of a range, in whole sixteens: whole tiles.
+    void share(int64_t whole, int64_t of, int64_t& first, int64_t& last) const {
         int64_t parts = (whole + 15) / 16;
-        first = std::min(whole, parts * index / count * 16);
-        last = std::min(whole, parts * (index + 1) / count * 16);
+        first = std::min(whole, parts * of / count * 16);
+        last = std::min(whole, parts * (of + 1) / count * 16);
+    }
+
+    // Calls use(whose, i) for pieces 0 to `pieces` - 1 of each thread's share, once for all threads: for its own, from the
+    // first on, and then for what others have not come to, from the last on. Returns when all are done.
+    template <class Use>
+    void share_out(int64_t pieces, Use use) {
+        Share *now = shares + turn % 2 * count, *next = shares + (turn + 1) % 2 * count;
+        turn++;
+        next[index].taken = next[index].given = 0;  // nobody uses it any more, or already
+        for (int64_t i = 0; now[index].taken++ < pieces; i++) use(index, i);
+        for (int64_t other = (index + 1) % count; other != index; other = (other + 1) % count)
+            while (now[other].taken < pieces && now[other].taken++ < pieces) use(other, pieces - 1 - now[other].given++);
+#pragma omp barrier
     }
 };
+
+// Calls use(thread) for each of `count` threads, which are in it together.
+template <class Use>
+void together(int64_t count, Use use) {
+    std::vector<Share> shares(2 * count);
+#pragma omp parallel num_threads(count)
+    {
+        Thread me{omp_get_thread_num(), omp_get_num_threads(), shares.data()};
+        use(me);
+    }
+}
+
+// Vectors that are kept from call to call only grow: what is added to them is written to, each time.
+void at_least(std::vector<float>& room, int64_t count) {
+    if (int64_t(room.size()) < count) room.resize(count);
+}
+
+// Some rows of a weight, and where what they make goes.
+struct Part {
+    int64_t first;
+    Target target;
+};
+
+constexpr int64_t PIECE = 1 << 19;  // bytes of a weight: some forty microseconds
+
+// A weight times n vectors (n, C), by all threads. Its rows are in `parts` of the same size, which go along with each other;
+// done(first, last) is called with rows of each that have been made.
+template <class Done>
+void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
+    with_kind(m, [&](auto kind) {
+        using W = decltype(kind);
+        static thread_local std::vector<float> room;
+        const int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
+        at_least(room, n * stride + 16);
+        float* placed = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) / 4 % 16);
+        for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
+
+        const int64_t pieces = std::max<int64_t>(1, W::bytes(m.columns) * m.rows / me.count / PIECE);
+        me.share_out(pieces, [&](int64_t whose, int64_t i) {
+            int64_t row, last;
+            me.share(m.rows / int64_t(parts.size()), whose, row, last);
+            // The piece's part of each of so many streams of rows. What is not in one of them is left.
+            auto make = [&](auto streams, auto vectors) {
+                constexpr int R = streams, X = vectors;
+                int64_t gap = (last - row) / R, from = row + gap * i / pieces, to = row + gap * (i + 1) / pieces;
+                for (const Part& part : parts)
+                    tiles<W, R, X>(m, part.first + from, part.first + to, gap, placed, stride, n, part.target);
+                for (int r = 0; r < R; r++) done(from + r * gap, to + r * gap);
+                row += R * gap;
+            };
+            // A weight is got for four vectors instead of two, which is less work a vector, and a vector for WIDE rows.
+            if (n < 4) make(Count<W::TALL>{}, Count<2>{});
+            else make(Count<W::WIDE>{}, Count<4>{});
+            make(Count<2>{}, Count<4>{});
+            make(Count<1>{}, Count<1>{});
+        });
+    });
+}
+
+void product(Thread& me, const Matrix& m, const float* x, int64_t n, Target target) {
+    product(me, m, x, n, {{0, target}}, [](int64_t, int64_t) {});
+}
+
+// The parts of a block ------------------------------------------------------------------------------------------------
 
 void normalise(const float* x, const float* weight, int64_t dim, float eps, float* out) {
     Floats squares = {};
@@ -774,7 +834,7 @@ void normalise(const float* x, const float* weight, int64_t dim, float eps, floa
 
 const float* normalised(const float* x, const float* weight, int64_t n, int64_t dim, float eps) {
     static thread_local std::vector<float> normed;
-    normed.resize(n * dim);
+    at_least(normed, n * dim);
     for (int64_t i = 0; i < n; i++) normalise(x + i * dim, weight, dim, eps, normed.data() + i * dim);
     return normed.data();
 }
@@ -856,7 +916,7 @@ void attend(Query& query, const uint8_t* keys, const uint8_t* values, int64_t fi
 }
 
 template <class W>
-void remember(Thread me, const Block& block, const Step& s) {
+void remember(const Thread& me, const Block& block, const Step& s) {
     int64_t D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D;
     for (int64_t item = me.index; item < s.rows * s.tokens * s.kv_heads; item += me.count) {
         int64_t token = item / s.kv_heads, head = item % s.kv_heads, row = token / s.tokens;
@@ -871,13 +931,13 @@ void remember(Thread me, const Block& block, const Step& s) {
 // Softmax in one pass (online: arXiv 1805.02867). All queries of a kv head go through its keys and values together, some
 // slots at a time, which are then in the thread's cache.
 template <class W>
-void look(Thread me, const Block& block, const Step& s) {
+void look(const Thread& me, const Block& block, const Step& s) {
     int64_t D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D, group = s.heads / s.kv_heads, all = group * s.tokens;
     int64_t parts = 1;  // of a kv head's queries, where there are more threads than kv heads
     while (s.rows * s.kv_heads * parts < me.count && parts * 2 <= all) parts *= 2;
     static thread_local std::vector<float> room;
     static thread_local std::vector<Query> queries;
-    room.resize(2 * all * D);
+    at_least(room, 2 * all * D);
     for (int64_t item = me.index; item < s.rows * s.kv_heads * parts; item += me.count) {
         int64_t row = item / (s.kv_heads * parts), kv_head = item / parts % s.kv_heads, part = item % parts;
         int64_t longest = 0;
@@ -912,42 +972,37 @@ void look(Thread me, const Block& block, const Step& s) {
     }
 }
 
-void attention(Thread me, const Block& block, const Step& s, const float* x, Target target) {
-    int64_t n = s.rows * s.tokens, D = s.head_dim, first, last;
+// Of `count` numbers, each gate's silu times its value, to where the gate was.
+void gate(float* gates, const float* values, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const size_t bytes = 4 * std::min<int64_t>(LANES, count - i);
+        Floats g = {}, value = {};
+        std::memcpy(&g, gates + i, bytes), std::memcpy(&value, values + i, bytes);
+        g = g / (1.0f + exponential(-g)) * value;
+        std::memcpy(gates + i, &g, bytes);
+    }
+}
+
+void attention(Thread& me, const Block& block, const Step& s, const float* x, Target target) {
+    int64_t n = s.rows * s.tokens, D = s.head_dim;
     const float* normed = normalised(x, block.attention_norm, n, s.dim, s.eps);
-    me.share(block.wqkv.rows, first, last);
-    product(block.wqkv, normed, n, {{first, last, {s.qkv, (s.heads + 2 * s.kv_heads) * D, false}}});
-#pragma omp barrier
+    product(me, block.wqkv, normed, n, {s.qkv, (s.heads + 2 * s.kv_heads) * D, false});
     s.cache_kind == FLOAT32 ? remember<Float32Cache>(me, block, s) : remember<Bfloat16Cache>(me, block, s);
 #pragma omp barrier
     s.cache_kind == FLOAT32 ? look<Float32Cache>(me, block, s) : look<Bfloat16Cache>(me, block, s);
 #pragma omp barrier
-    me.share(block.wo.rows, first, last);
-    product(block.wo, s.mixed, n, {{first, last, target}});
-#pragma omp barrier
+    product(me, block.wo, s.mixed, n, target);
 }
 
-void feed_forward(Thread me, const Block& block, const Step& s, const float* x, Target target) {
-    int64_t n = s.rows * s.tokens, first, last;
+void feed_forward(Thread& me, const Block& block, const Step& s, const float* x, Target target) {
+    int64_t n = s.rows * s.tokens;
     const float* normed = normalised(x, block.ffn_norm, n, s.dim, s.eps);
-    me.share(s.hidden, first, last);
-    float* proposed = s.gated + n * s.hidden;  // behind the gates
-    product(block.w13, normed, n,
-            {{first, last, {s.gated, s.hidden, false}},
-             {s.hidden + first, s.hidden + last, {proposed - s.hidden, s.hidden, false}}});
-    for (int64_t token = 0; token < n; token++) {
-        float *gate = s.gated + token * s.hidden, *value = proposed + token * s.hidden;
-        int64_t i = first;
-        for (; i + LANES <= last; i += LANES) {
-            Floats g = load<Floats>(gate + i);
-            store(gate + i, g / (1.0f + exponential(-g)) * load<Floats>(value + i));
-        }
-        for (; i < last; i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * value[i];
-    }
-#pragma omp barrier
-    me.share(block.w2.rows, first, last);
-    product(block.w2, s.gated, n, {{first, last, target}});
-#pragma omp barrier
+    float *gates = s.gated, *values = gates + n * s.hidden;
+    product(me, block.w13, normed, n, {{0, {gates, s.hidden, false}}, {s.hidden, {values - s.hidden, s.hidden, false}}},
+            [&](int64_t first, int64_t last) {
+                for (int64_t at = first; at < first + n * s.hidden; at += s.hidden) gate(gates + at, values + at, last - first);
+            });
+    product(me, block.w2, gates, n, target);
 }
 
 // A prompt's attention ------------------------------------------------------------------------------------------------
@@ -1131,25 +1186,21 @@ int64_t run_blocks(const Block* blocks, int64_t count, const Step* step, float* 
         Matrix table{step->embedding, nullptr, nullptr, step->embedding_kind, 0, dim, 0};
         decode_row(table, step->ids[i], x + i * dim);
     }
-#pragma omp parallel num_threads(step->threads)
-    {
-        Thread me{omp_get_thread_num(), omp_get_num_threads()};
+    together(step->threads, [&](Thread& me) {
         for (int64_t i = 0; i < count; i++) {
-            attention(me, blocks[i], *step, x, {x, step->dim, true});
-            feed_forward(me, blocks[i], *step, x, {x, step->dim, true});
+            attention(me, blocks[i], *step, x, {x, dim, true});
+            feed_forward(me, blocks[i], *step, x, {x, dim, true});
         }
-    }
+    });
     for (int64_t i = 0; i < n; i++) normalise(x + i * dim, step->norm, dim, step->eps, x + i * dim);
     return n;
 }
 
 // What a block's attention, or its feed-forward, adds to x: this rank's part of the sum, to out (n, dim).
 void run_half(const Block* block, int64_t is_attention, const Step* step, const float* x, float* out) {
-#pragma omp parallel num_threads(step->threads)
-    {
-        Thread me{omp_get_thread_num(), omp_get_num_threads()};
+    together(step->threads, [&](Thread& me) {
         (is_attention ? attention : feed_forward)(me, *block, *step, x, {out, step->dim, false});
-    }
+    });
 }
 
 // softmax(q·k / sqrt(D))·v of a prompt, each token of which sees the slots up to its own.
@@ -1189,12 +1240,7 @@ void gate(const uint16_t* x, int64_t n, int64_t hidden, uint16_t* out, int64_t t
 
 // x (n, C) times a weight (N, C), transposed: out (n, N).
 void multiply(const Matrix* m, const float* x, int64_t n, float* out, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t first, last;
-        Thread{omp_get_thread_num(), omp_get_num_threads()}.share(m->rows, first, last);
-        product(*m, x, n, {{first, last, {out, m->rows, false}}});
-    }
+    if (n) together(threads, [&](Thread& me) { product(me, *m, x, n, {out, m->rows, false}); });
 }
 
 // Rows first to first + count of a weight of 4 bits, as numbers of a kind (count, C).

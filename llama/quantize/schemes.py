@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llama.kernels.matrix import Matrix
+from llama.kernels.memory import joined
 from llama.quantize import nf4
 from llama.quantize.codes import from_int4, from_int8, to_int4, to_int8
 from llama.quantize.operators import INT8, INT8_DYNAMIC_KERNEL, INT8_KERNEL, INT_MM, Operator, Stored, int4, plain
@@ -160,7 +161,7 @@ class Quantized:
                 f"layers of {described} can't be joined: join those of one scheme that read the same input"
             )
         every = [product.stored for product in (self, *others)]
-        return Quantized(self.scheme, {key: torch.cat([stored[key] for stored in every]) for key in every[0]})
+        return Quantized(self.scheme, {key: joined([stored[key] for stored in every]) for key in every[0]})
 
     @property
     def matrix(self) -> Matrix | None:
