@@ -21,6 +21,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -194,6 +195,39 @@ inline float sum(Floats v) {
     Four four = parts[0];
     for (int i = 1; i < LANES / 4; i++) four += parts[i];
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// Of the numbers of a and then of b, blocks of H: each with the next.
+template <int H, int... LANE>
+inline Floats fold(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, LANE / H * 2 * H + LANE % H...) +
+           __builtin_shufflevector(a, b, LANE / H * 2 * H + LANE % H + H...);
+#else
+    return __builtin_shuffle(a, b, Ints{LANE / H * 2 * H + LANE % H...}) +
+           __builtin_shuffle(a, b, Ints{LANE / H * 2 * H + LANE % H + H...});
+#endif
+}
+
+// N vectors (a power of two), the lanes of each added up until LANES / N of them are left.
+template <int N>
+inline Floats folded(const Floats* v) {
+    if constexpr (N == 1) return *v;
+    else return fold<LANES / N>(folded<N / 2>(v), folded<N / 2>(v + N / 2), std::make_integer_sequence<int, LANES>{});
+}
+
+// The sums of N vectors, added up in the same order however many there are. A call would be a tenth of a step.
+template <int N>
+inline __attribute__((always_inline)) void sum_each(const Floats* v, float* sums) {
+    if constexpr (N > LANES) {
+        sum_each<LANES>(v, sums);
+        sum_each<N - LANES>(v + LANES, sums + LANES);
+    } else {
+        Floats all[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) all[i] = i < N ? v[i] : Floats{};
+        store(sums, folded<LANES>(all));
+    }
 }
 
 inline float largest(Floats v) {
@@ -640,10 +674,12 @@ inline void tile(
             }
         }
     }
+    float totals[(R * X + LANES - 1) / LANES * LANES];
+    sum_each<R * X>(sums[0], totals);
     for (int r = 0; r < R; r++)
         for (int j = 0; j < X; j++) {
             const float* rest = x + j * stride + places.rest;
-            float total = sum(sums[r][j]);
+            float total = totals[r * X + j];
             for (int64_t c = places.columns; c < m.columns; c++) total += W::at(m, row + r * gap, c) * *rest++;
             out[r][j] = W::finish(m, row + r * gap, total);
         }
@@ -748,12 +784,17 @@ struct Thread {
     // first on, and then for what others have not come to, from the last on. Returns when all are done.
     template <class Use>
     void share_out(int64_t pieces, Use use) {
-        Share *now = shares + turn % 2 * count, *next = shares + (turn + 1) % 2 * count;
-        turn++;
-        next[index].taken = next[index].given = 0;  // nobody uses it any more, or already
-        for (int64_t i = 0; now[index].taken++ < pieces; i++) use(index, i);
-        for (int64_t other = (index + 1) % count; other != index; other = (other + 1) % count)
-            while (now[other].taken < pieces && now[other].taken++ < pieces) use(other, pieces - 1 - now[other].given++);
+        if (pieces == 1) {  // too little to look what others do
+            use(index, 0);
+        } else {
+            Share *now = shares + turn % 2 * count, *next = shares + (turn + 1) % 2 * count;
+            turn++;
+            next[index].taken = next[index].given = 0;  // nobody uses it any more, or already
+            for (int64_t i = 0; now[index].taken++ < pieces; i++) use(index, i);
+            for (int64_t other = (index + 1) % count; other != index; other = (other + 1) % count)
+                while (now[other].taken < pieces && now[other].taken++ < pieces)
+                    use(other, pieces - 1 - now[other].given++);
+        }
 #pragma omp barrier
     }
 };

@@ -25,8 +25,10 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     if not parts[0].is_cpu or sum(part.nbytes for part in parts) < PAGE:
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     out = empty((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].dtype)
-    for part, place in zip(parts, out.split([len(part) for part in parts]), strict=True):
-        place.copy_(part)  # by all threads; torch.cat would use one
+    first = 0
+    for part in parts:
+        out[first : first + len(part)] = part  # by all threads; torch.cat would use one
+        first += len(part)
     return out
 
 
