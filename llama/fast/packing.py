@@ -73,13 +73,10 @@ class Joinable(Protocol):
 
 def join(linears: Sequence[Linear]) -> Product:
     """One product for layers that read the same x: their outputs one after the other. It takes over what the layers
-    have: a plain weight is packed and freed, and what stands in a weight's place joins itself. What the kernels read
-    is copied to memory that is quicker to read, a single weight, too."""
+    have: a plain weight is packed and freed, and what stands in a weight's place joins itself."""
     if linears[0].weight is None:
         first: Joinable = linears[0].product
-        if len(linears) == 1 and first.matrix is None:
-            return first
-        return first.joined([linear.product for linear in linears[1:]])
+        return first if len(linears) == 1 else first.joined([linear.product for linear in linears[1:]])
     product = packed(joined([linear.weight.detach() for linear in linears]))
     for linear in linears:
         linear.weight = None  # type: ignore[assignment]

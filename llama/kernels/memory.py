@@ -1,4 +1,4 @@
-"""Memory for weights that are read again and again: in pages of 2 MB, where the system has them.
+"""Memory for weights that are put together: in pages of 2 MB, where the system has them.
 
 A processor keeps the addresses of some thousand pages. At 4 kB each those are a few megabytes; a step goes through all
 weights of a model, in several places at a time, and has the address of each page looked up anew. In pages of 2 MB there
@@ -20,10 +20,12 @@ PAGE = 1 << 21
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Some tensors of the same dtype and device, one after the other in their first dimension. A single one is copied
-    only where that makes it quicker to read."""
+    """A copy of some tensors of the same dtype and device, one after the other in their first dimension; a single one
+    stays where it is."""
+    if len(parts) == 1:
+        return parts[0]
     if not parts[0].is_cpu or sum(part.nbytes for part in parts) < PAGE:
-        return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        return torch.cat(list(parts))
     out = empty((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].dtype)
     first = 0
     for part in parts:
