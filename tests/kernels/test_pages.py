@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_other_devices_are_left_to_pytorch() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux only")
 def test_it_begins_with_a_large_page_and_is_given_back() -> None:
     def mapped() -> int:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * 4096
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * mmap.PAGESIZE
 
     before = mapped()
     tensors = [empty((size,), torch.bfloat16) for size in (0, 1, PAGE // 2, 40 * PAGE)]
@@ -50,3 +51,21 @@ def test_it_begins_with_a_large_page_and_is_given_back() -> None:
     assert mapped() - before > 80 * PAGE
     del tensors, view
     assert mapped() - before < 40 * PAGE
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this kernel has no transparent huge pages"
+)
+def test_large_pages_are_asked_for() -> None:
+    """The mapping that holds the tensor has the flag that `madvise` gives (proc(5), VmFlags: hg)."""
+    tensor = empty((PAGE,), torch.bfloat16)
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        head, _, rest = line.partition(" ")
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(part, 16) for part in head.split("-"))
+            inside = first <= tensor.data_ptr() < last
+        elif inside and head == "VmFlags:":
+            flags = rest.split()
+    assert "hg" in flags
