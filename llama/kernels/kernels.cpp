@@ -107,7 +107,9 @@ inline V load(const void* at) {  // from any address
 // Keeps the compiler from reading a number anew from memory for each use of it.
 template <class V>
 inline V once(V v) {
-#if (LANES == 16 && defined(__AVX512F__)) || (LANES == 8 && defined(__AVX__)) || (LANES == 4 && defined(__SSE__))
+#if LANES == 16 && defined(__AVX512F__)
+    asm("" : "+v"(v));  // any of 32 registers
+#elif (LANES == 8 && defined(__AVX__)) || (LANES == 4 && defined(__SSE__))
     asm("" : "+x"(v));
 #endif
     return v;
@@ -274,10 +276,11 @@ constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
 // bfloat16, as they are (Halves), by x in bfloat16. 8 and 4 bits as whole numbers of 16 bits (Shorts), two products at once
 // in a lane of 32, which takes half the instructions: SHARED columns of x are rounded to whole numbers up to LIMIT, which
 // is the largest of them, and their sum is multiplied by what a 1 is. That adds less to a sum's error than bfloat16 does by
-// rounding the largest of them alone: 512 roundings by 2^-16 of it, some one way and some the other, are like one by
-// 2^-12. Where x is to have 8 bits and the processor multiplies bytes, by bytes: one of two has no sign, so BIAS is added to
-// weights, and taken off their sums. A GROUPED kind's sums are multiplied by its groups' `scales` after each step. What the
-// weights of a group have in common is left out of them, and multiplied by the sum of the group's x: `offset`.
+// rounding the largest of them alone: 2,048 roundings by at most 2^-16 of it, some one way and some the other, are like one
+// by 2^-11. A lane has 512 of them at most, and of so many products with bytes the sum has 32 bits. Where x is to have 8
+// bits and the processor multiplies bytes, by bytes: one of two has no sign, so BIAS is added to weights, and taken off
+// their sums. A GROUPED kind's sums are multiplied by its groups' `scales` after each step. What the weights of a group have
+// in common is left out of them, and multiplied by the sum of the group's x: `offset`.
 
 struct Float32 {
     using Numbers = Floats;
@@ -321,7 +324,7 @@ using Bfloat16Pairs = Bfloat16;
 
 struct Int8 {
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = ROOM;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = REGISTERS == 32 ? 5 : 2;
     static constexpr int LIMIT = 32767, BIAS = 0;
     static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
@@ -493,8 +496,8 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
 
 // Products ------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t AHEAD = 1024;  // bytes of a row: what is asked for from memory while others are multiplied
-constexpr int64_t SHARED = 512;  // columns of x that share a unit; of so many products the sum has 32 bits
+constexpr int64_t AHEAD = 1024;   // bytes of a row: what is asked for from memory while others are multiplied
+constexpr int64_t SHARED = 2048;  // columns of x that share a unit; each lane has 512 of them at most
 
 // Numbers as whole ones up to `limit` (in the lower bits); returns what a 1 is. Beside infinity, or what is no number,
 // nothing is one.
@@ -585,12 +588,23 @@ struct Ahead {
     int64_t from, step;
 };
 
-// R rows of a weight, `gap` apart, times X vectors. Each pair adds up in the same order in whatever tile it is, so that
-// what comes out for a token does not depend on those beside it.
+struct Target {
+    float* out;
+    int64_t stride;
+    bool add;
+    void operator()(int64_t token, int64_t row, float value) const {
+        float& place = out[token * stride + row];
+        place = add ? place + value : value;
+    }
+};
+
+// R rows of a weight, `gap` apart, times X vectors from `token` on. Each pair adds up in the same order in whatever tile it
+// is, so that what comes out for a token does not depend on those beside it.
 template <class W, int R, int X>
 inline void tile(
-    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, Ahead ahead, float (&out)[R][X]) {
+    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, int64_t token, Ahead ahead, Target target) {
     using Numbers = typename W::Numbers;
+    x += token * stride;
     const Places<W> places(m);
     const int64_t size = W::bytes(m.columns), groups = m.group ? m.columns / m.group : 0;
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
@@ -678,36 +692,17 @@ inline void tile(
     }
     float totals[(R * X + LANES - 1) / LANES * LANES];
     sum_each<R * X>(sums[0], totals);
+    if (places.columns < m.columns)
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < X; j++)
+                for (int64_t c = places.columns; c < m.columns; c++)
+                    totals[r * X + j] += W::at(m, row + r * gap, c) * x[j * stride + places.rest + c - places.columns];
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < X; j++) {
-            const float* rest = x + j * stride + places.rest;
-            float total = totals[r * X + j];
-            for (int64_t c = places.columns; c < m.columns; c++) total += W::at(m, row + r * gap, c) * *rest++;
-            out[r][j] = W::finish(m, row + r * gap, total);
-        }
+        for (int j = 0; j < X; j++) target(token + j, row + r * gap, W::finish(m, row + r * gap, totals[r * X + j]));
 }
-
-struct Target {
-    float* out;
-    int64_t stride;
-    bool add;
-    void operator()(int64_t token, int64_t row, float value) const {
-        float& place = out[token * stride + row];
-        place = add ? place + value : value;
-    }
-};
 
 template <int N>
 using Count = std::integral_constant<int, N>;
-
-template <class W, int R, int X>
-inline void tile_to(
-    const Matrix& m, int64_t row, int64_t gap, const float* x, int64_t stride, int64_t token, Ahead ahead, Target target) {
-    float out[R][X];
-    tile<W, R, X>(m, row, gap, x + token * stride, stride, ahead, out);
-    for (int j = 0; j < X; j++)
-        for (int r = 0; r < R; r++) target(token + j, row + r * gap, out[r][j]);
-}
 
 // Tiles of R rows, `gap` apart: those that begin with rows first to last. So memory is read in R long streams, and gives
 // more than in one (docs/LOG.md).
@@ -719,8 +714,8 @@ inline void tiles(
         int64_t token = 0;
         Ahead ahead = {passes == 1 ? AHEAD : size, step};
         for (; token + MOST <= n; token += MOST, ahead.from += part)
-            tile_to<W, R, MOST>(m, row, gap, x, stride, token, ahead, target);
-        for (; token < n; token++, ahead.from += part) tile_to<W, R, 1>(m, row, gap, x, stride, token, ahead, target);
+            tile<W, R, MOST>(m, row, gap, x, stride, token, ahead, target);
+        for (; token < n; token++, ahead.from += part) tile<W, R, 1>(m, row, gap, x, stride, token, ahead, target);
     }
 }
 
