@@ -120,8 +120,8 @@ def test_the_largest_sums_have_room(kind: str, sign: int) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4:32", "nf4"])
 @pytest.mark.parametrize("outlier", [0, 30, 3000])
 def test_rounding_together_loses_less_than_bfloat16(kind: str, outlier: float) -> None:
-    """One unit for 2,048 columns, also beside numbers that are thousands of times as large as most, makes less than half
-    of the error that vectors in bfloat16 have."""
+    """One unit for 2,048 columns makes less than half of the error that bfloat16 vectors have, also beside numbers that
+    are thousands of times as large as most."""
     torch.manual_seed(0)
     found, exact = weight(kind, 64, 8192)
     if kind == "nf4":  # its levels as they are multiplied
