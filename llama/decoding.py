@@ -172,6 +172,11 @@ def choose(logits: Tensor, guesses: Sequence[list[int]], active: Sequence[Answer
     """Samples from logits (B, T, V) a token for each row, and as long as it is the one guessed, another: (B, T) ids,
     NOTHING behind a row's last."""
     settings, generators = [a.sampling for a in active], [a.generator for a in active]
+    if logits.shape[1] > 1 and all(s.temperature == 0 for s in settings):  # nothing is drawn: all at once
+        likeliest = logits.argmax(-1)
+        ends = [_agreeing(guess, row) + 1 for guess, row in zip(guesses, likeliest.tolist(), strict=True)]
+        behind = torch.arange(logits.shape[1]) >= torch.tensor(ends)[:, None]
+        return likeliest.masked_fill_(behind.to(logits.device), NOTHING)
     chosen = torch.full(logits.shape[:2], NOTHING, device=logits.device)
     chosen[:, 0] = sample(logits[:, 0], settings, generators)
     rows = list(range(len(active)))
@@ -182,6 +187,11 @@ def choose(logits: Tensor, guesses: Sequence[list[int]], active: Sequence[Answer
             break
         chosen[rows, t] = sample(logits[rows, t], [settings[i] for i in rows], [generators[i] for i in rows])
     return chosen
+
+
+def _agreeing(guess: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of a guess are those of the answer, from the first on."""
+    return next((i for i, pair in enumerate(zip(guess, tokens, strict=False)) if pair[0] != pair[1]), len(guess))
 
 
 def _take(answer: Answer, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:

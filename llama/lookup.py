@@ -9,23 +9,32 @@ it is the one that was guessed, the scores of the next one are there already). S
 
 from __future__ import annotations
 
-NGRAM = 3
-"""Tokens that must have stood before in the same order. After two, more guesses are wrong than right."""
+from collections import defaultdict, deque
+from functools import partial
+
+NGRAM = 2
+"""Tokens that must have stood before in the same order."""
+PLACES = 16
+"""Where they did: so many places are looked at, the last ones."""
+CONTEXT = 32
+"""Tokens before them that are compared, at most."""
 LONGEST_PAUSE = 16
 
 
 class Lookup:
     """Guesses of one row: at most `most` tokens at a time; 0 for none.
 
-    Guesses that come true get longer, up to `most`; one that is wrong from its first token is followed by a pause, at
-    first of one step, then of twice as many, so that a text that doesn't repeat itself loses little.
+    What is guessed is what followed where most of the tokens before agree with the last ones, and it is as long as
+    they agree: where much was the same, much will be. A guess that is wrong from its first token is followed by a
+    pause, at first of one step, then of twice as many, so that a text that doesn't repeat itself loses little.
     """
 
     def __init__(self, most: int = 0) -> None:
         if most < 0:
             raise ValueError(f"lookup is {most}; give how many tokens to guess at a time, or 0 for none")
-        self._most = self._length = most
-        self._places: dict[tuple[int, ...], int] = {}  # what followed some tokens stands here, the last time they came
+        self._most = most
+        # What followed some tokens stands here.
+        self._places: defaultdict[tuple[int, ...], deque[int]] = defaultdict(partial(deque, maxlen=PLACES))
         self._read = NGRAM
         self._pause = self._waiting = 0
 
@@ -34,16 +43,16 @@ class Lookup:
         if self._most == 0:
             return []
         for place in range(self._read, len(tokens)):
-            self._places[tuple(tokens[place - NGRAM : place])] = place
+            self._places[tuple(tokens[place - NGRAM : place])].append(place)
         self._read = max(self._read, len(tokens))
         if self._waiting:
             self._waiting -= 1
             return []
-        known = self._places.get(tuple(tokens[-NGRAM:]))
+        known = self._places.get(tuple(tokens[-NGRAM:]), ())
+        agreeing, place = max(((_agreeing(tokens, place), place) for place in known), default=(0, 0))
         guess: list[int] = []
-        while known is not None and len(guess) < self._length:
+        for at in range(place, place + min(agreeing, self._most)):
             # What repeats itself up to the end is guessed to go on so: then the guess reads from itself.
-            at = known + len(guess)
             guess.append(tokens[at] if at < len(tokens) else guess[at - len(tokens)])
         return guess
 
@@ -51,6 +60,13 @@ class Lookup:
         """How many of the last guess's tokens came true."""
         if not guessed:
             return
-        self._length = min(self._most, max(1, 2 * right))
         self._pause = 0 if right else min(LONGEST_PAUSE, max(1, 2 * self._pause))
         self._waiting = self._pause
+
+
+def _agreeing(tokens: list[int], place: int) -> int:
+    """How many tokens before a place are the same as before the end."""
+    count = NGRAM
+    while count < min(CONTEXT, place) and tokens[place - 1 - count] == tokens[-1 - count]:
+        count += 1
+    return count

@@ -284,7 +284,7 @@ constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
 
 struct Float32 {
     using Numbers = Floats;
-    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = ROOM;
+    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = 6;
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
@@ -680,7 +680,7 @@ inline void tile(
             for (int v = 0; v < W::VECTORS; v++) {
                 Numbers w[R];
 #pragma GCC unroll 6
-                for (int r = 0; r < R; r++) w[r] = W::get(codes + r * gap * size, s, v);
+                for (int r = 0; r < R; r++) w[r] = once(W::get(codes + r * gap * size, s, v));
 #pragma GCC unroll 6
                 for (int j = 0; j < X; j++) {
                     Numbers number = once(load<Numbers>(x + j * stride + s * W::PLACED + v * LANES));
@@ -704,19 +704,22 @@ inline void tile(
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// Tiles of R rows, `gap` apart: those that begin with rows first to last. So memory is read in R long streams, and gives
-// more than in one (docs/LOG.md).
+// Tiles of R rows, `gap` apart, and up to MOST vectors: those that begin with rows first to last. So memory is read in R
+// long streams, and gives more than in one (docs/LOG.md). As few passes as there can be, of as many vectors each.
 template <class W, int R, int MOST>
 inline void tiles(
     const Matrix& m, int64_t first, int64_t last, int64_t gap, const float* x, int64_t stride, int64_t n, Target target) {
-    int64_t passes = n / MOST + n % MOST, size = W::bytes(m.columns), part = size / passes, step = W::bytes(W::STEP) / passes;
-    for (int64_t row = first; row < last; row++) {
-        int64_t token = 0;
-        Ahead ahead = {passes == 1 ? AHEAD : size, step};
-        for (; token + MOST <= n; token += MOST, ahead.from += part)
-            tile<W, R, MOST>(m, row, gap, x, stride, token, ahead, target);
-        for (; token < n; token++, ahead.from += part) tile<W, R, 1>(m, row, gap, x, stride, token, ahead, target);
-    }
+    const int64_t passes = (n + MOST - 1) / MOST, each = n / passes, more = n % passes, size = W::bytes(m.columns);
+    const Ahead next = {passes == 1 ? AHEAD : size, W::bytes(W::STEP) / passes};
+    for (int64_t row = first; row < last; row++)
+        for (int64_t pass = 0; pass < passes; pass++) {
+            const int64_t token = pass * each + std::min(pass, more), vectors = each + (pass < more);
+            const Ahead ahead = {next.from + pass * (size / passes), next.step};
+            auto go = [&](auto count) { tile<W, R, count>(m, row, gap, x, stride, token, ahead, target); };
+            if (vectors == 1) go(Count<1>{});
+            else if (vectors == 2) go(Count<2>{});
+            else if constexpr (MOST > 2) vectors == 3 ? go(Count<3>{}) : go(Count<4>{});
+        }
 }
 
 template <class Use>
@@ -837,19 +840,18 @@ void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initia
             int64_t row, last;
             me.share(m.rows / int64_t(parts.size()), whose, row, last);
             // The piece's part of each of so many streams of rows. What is not in one of them is left.
-            auto make = [&](auto streams, auto vectors) {
-                constexpr int R = streams, X = vectors;
+            auto make = [&](auto streams, auto most) {
+                constexpr int R = streams, MOST = most;
                 int64_t gap = (last - row) / R, from = row + gap * i / pieces, to = row + gap * (i + 1) / pieces;
                 for (const Part& part : parts)
-                    tiles<W, R, X>(m, part.first + from, part.first + to, gap, placed, stride, n, part.target);
+                    tiles<W, R, MOST>(m, part.first + from, part.first + to, gap, placed, stride, n, part.target);
                 for (int r = 0; r < R; r++) done(from + r * gap, to + r * gap);
                 row += R * gap;
             };
             // A weight is got for four vectors instead of two, which is less work a vector, and a vector for WIDE rows.
-            if (n < 4) make(Count<W::TALL>{}, Count<2>{});
+            if (n < 3) make(Count<W::TALL>{}, Count<2>{});
             else make(Count<W::WIDE>{}, Count<4>{});
-            make(Count<2>{}, Count<4>{});
-            make(Count<1>{}, Count<1>{});
+            make(Count<1>{}, Count<4>{});
         });
     });
 }

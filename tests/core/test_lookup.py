@@ -14,7 +14,7 @@ from torch import Tensor
 from fixtures_text import ARGS, ROWS, SLOTS, WEIGHTS
 from llama.decoding import NOTHING, Answer, choose
 from llama.generation import Llama
-from llama.lookup import LONGEST_PAUSE, NGRAM, Lookup
+from llama.lookup import CONTEXT, LONGEST_PAUSE, NGRAM, PLACES, Lookup
 from llama.model import Transformer
 from llama.prompts import Prompt
 from llama.sampling import Sampling
@@ -159,12 +159,14 @@ def test_sampling_keeps_its_distribution() -> None:
 # --- the guesses -----------------------------------------------------------------------------------------------------
 
 
-def test_guess_is_what_followed_the_last_time() -> None:
-    tokens = [1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3]
-    assert Lookup(4).guess(tokens) == [5, 6, 1, 2]
-    assert Lookup(1).guess(tokens) == [5]
+def test_guess_is_what_followed_where_most_before_agrees_and_as_long() -> None:
+    tokens = [7, 1, 2, 3, 5, 6, 8, 8, 9, 2, 3, 4, 7, 1, 2, 3]
+    assert Lookup(9).guess(tokens) == [5, 6, 8, 8]
+    assert Lookup(3).guess(tokens) == [5, 6, 8]
     assert Lookup(0).guess(tokens) == []
-    assert Lookup(4).guess(tokens[:-1]) == []
+    assert Lookup(9).guess(tokens[:-1]) == [3, 5, 6]
+    assert Lookup(9).guess([*tokens, 5, 1]) == []
+    assert Lookup(9).guess([2, 3, 4, 1, 2, 3, 5, 0, 2, 3]) == [5, 0]  # of equals the last
 
 
 def test_a_row_is_read_once_however_it_grows() -> None:
@@ -173,24 +175,32 @@ def test_a_row_is_read_once_however_it_grows() -> None:
         tokens.append(rng.randrange(4))
         found = lookup.guess(list(tokens))
         key = tokens[-NGRAM:]
-        places = [i for i in range(NGRAM, len(tokens)) if tokens[i - NGRAM : i] == key]
+        places = [i for i in range(NGRAM, len(tokens)) if tokens[i - NGRAM : i] == key][-PLACES:]
+
+        def agreeing(place: int, tokens: list[int] = tokens) -> int:
+            lengths = range(1, min(place, CONTEXT) + 1)
+            return max(n for n in lengths if tokens[place - n : place] == tokens[len(tokens) - n :])
+
         expected = list(tokens)
-        for _ in range(3 if places else 0):
-            expected.append(expected[places[-1] + len(expected) - len(tokens)])
+        if places:
+            best = max(reversed(places), key=agreeing)  # the last of them
+            for i in range(min(3, agreeing(best))):
+                expected.append(expected[best + i])
         assert found == expected[len(tokens) :]
 
 
 def test_what_goes_in_circles_is_guessed_to_go_on() -> None:
-    assert Lookup(7).guess([9, 1, 2, 3, 1, 2, 3, 1]) == [2, 3, 1, 2, 3, 1, 2]
+    assert Lookup(7).guess([9, 1, 2, 3, 1, 2, 3, 1]) == [2, 3, 1, 2]
+    assert Lookup(7).guess([9, 1, 1, 1, 1, 1, 1, 1, 1]) == [1] * 7
 
 
 def test_short_texts_have_no_guess() -> None:
     for length in range(NGRAM + 1):
         assert Lookup(3).guess([1] * length) == []
-    assert Lookup(3).guess([1] * (NGRAM + 1)) == [1, 1, 1]
+    assert Lookup(3).guess([1] * (NGRAM + 1)) == [1, 1]
 
 
-def test_wrong_guesses_become_rare_and_right_ones_long() -> None:
+def test_wrong_guesses_become_rare_until_one_is_right() -> None:
     lookup, tokens = Lookup(8), [1] * 50
     guessed = 0
     for _ in range(200):
@@ -200,11 +210,8 @@ def test_wrong_guesses_become_rare_and_right_ones_long() -> None:
     assert guessed <= 5 + 200 / LONGEST_PAUSE
     while not (guess := lookup.guess(tokens)):
         pass
-    assert len(guess) == 1
-    for length in (2, 4, 8, 8):
-        lookup.learn(len(guess), len(guess))
-        guess = lookup.guess(tokens)
-        assert len(guess) == length
+    lookup.learn(len(guess), 1)
+    assert lookup.guess(tokens) == [1] * 8
 
 
 def test_a_negative_lookup_is_refused() -> None:
