@@ -284,10 +284,10 @@ constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
 
 struct Float32 {
     using Numbers = Floats;
-    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = 6;
+    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = REGISTERS == 32 ? 6 : 2;
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
-    static Floats get(const uint8_t* row, int64_t step, int vector) { return load<Floats>(row + step * 4 * LANES); }
+    static Floats get(const uint8_t* row, int64_t step, int) { return once(load<Floats>(row + step * 4 * LANES)); }
     static constexpr int64_t bytes(int64_t columns) { return 4 * columns; }
     static float at(const Matrix& m, int64_t row, int64_t column) {
         return static_cast<const float*>(m.codes)[row * m.columns + column];
@@ -680,7 +680,7 @@ inline void tile(
             for (int v = 0; v < W::VECTORS; v++) {
                 Numbers w[R];
 #pragma GCC unroll 6
-                for (int r = 0; r < R; r++) w[r] = once(W::get(codes + r * gap * size, s, v));
+                for (int r = 0; r < R; r++) w[r] = W::get(codes + r * gap * size, s, v);
 #pragma GCC unroll 6
                 for (int j = 0; j < X; j++) {
                     Numbers number = once(load<Numbers>(x + j * stride + s * W::PLACED + v * LANES));
