@@ -9,8 +9,7 @@ it is the one that was guessed, the scores of the next one are there already). S
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from functools import partial
+from collections.abc import Iterator
 
 NGRAM = 2
 """Tokens that must have stood before in the same order."""
@@ -33,28 +32,38 @@ class Lookup:
         if most < 0:
             raise ValueError(f"lookup is {most}; give how many tokens to guess at a time, or 0 for none")
         self._most = most
-        # What followed some tokens stands here.
-        self._places: defaultdict[tuple[int, ...], deque[int]] = defaultdict(partial(deque, maxlen=PLACES))
-        self._read = NGRAM
+        # What followed some tokens the last time stands here; and for each place, where it did the time before, or 0.
+        self._last: dict[tuple[int, ...], int] = {}
+        self._earlier: list[int] = [0] * NGRAM
         self._pause = self._waiting = 0
 
     def guess(self, tokens: list[int]) -> list[int]:
         """What may follow `tokens`, all that the row has so far; empty where nothing is known."""
         if self._most == 0:
             return []
-        for place in range(self._read, len(tokens)):
-            self._places[tuple(tokens[place - NGRAM : place])].append(place)
-        self._read = max(self._read, len(tokens))
+        for place in range(len(self._earlier), len(tokens)):
+            key = tuple(tokens[place - NGRAM : place])
+            self._earlier.append(self._last.get(key, 0))
+            self._last[key] = place
         if self._waiting:
             self._waiting -= 1
             return []
-        known = self._places.get(tuple(tokens[-NGRAM:]), ())
+        known = self._known(tuple(tokens[-NGRAM:]))
         agreeing, place = max(((_agreeing(tokens, place), place) for place in known), default=(0, 0))
         guess: list[int] = []
         for at in range(place, place + min(agreeing, self._most)):
             # What repeats itself up to the end is guessed to go on so: then the guess reads from itself.
             guess.append(tokens[at] if at < len(tokens) else guess[at - len(tokens)])
         return guess
+
+    def _known(self, key: tuple[int, ...]) -> Iterator[int]:
+        """The last PLACES where these tokens stood before."""
+        place = self._last.get(key, 0)
+        for _ in range(PLACES):
+            if not place:
+                return
+            yield place
+            place = self._earlier[place]
 
     def learn(self, guessed: int, right: int) -> None:
         """How many of the last guess's tokens came true."""
