@@ -712,28 +712,35 @@ inline void tile(
                     total = std::fma(W::at(m, row + r * gap, c), *rest++, total);
             }
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < X; j++) target(token + j, row + r * gap, W::finish(m, row + r * gap, totals[r * X + j]));
+        for (int j = 0; j < X; j++)  // each by itself: to put some together costs the compiler more than it saves
+            target(token + j, row + r * gap, once(W::finish(m, row + r * gap, totals[r * X + j])));
 }
+
+constexpr int64_t BESIDE = 4;  // tiles
 
 template <int N>
 using Count = std::integral_constant<int, N>;
 
 // Tiles of R rows, `gap` apart, and up to MOST vectors: those that begin with rows first to last. So memory is read in R
-// long streams, and gives more than in one (docs/LOG.md). As few passes as there can be, of as many vectors each.
+// long streams, and gives more than in one (docs/LOG.md). As few passes as there can be, of as many vectors each; a pass
+// goes over some tiles before the next does, while its vectors are in the first cache.
 template <class W, int R, int MOST>
 inline void tiles(
     const Matrix& m, int64_t first, int64_t last, int64_t gap, const float* x, int64_t stride, int64_t n, Target target) {
     const int64_t passes = (n + MOST - 1) / MOST, each = n / passes, more = n % passes, size = W::bytes(m.columns);
-    const Ahead next = {passes == 1 ? AHEAD : size, W::bytes(W::STEP) / passes};
-    for (int64_t row = first; row < last; row++)
-        for (int64_t pass = 0; pass < passes; pass++) {
-            const int64_t token = pass * each + std::min(pass, more), vectors = each + (pass < more);
-            const Ahead ahead = {next.from + pass * (size / passes), next.step};
-            auto go = [&](auto count) { tile<W, R, count>(m, row, gap, x, stride, token, ahead, target); };
-            if (vectors == 1) go(Count<1>{});
-            else if (vectors == 2) go(Count<2>{});
-            else if constexpr (MOST > 2) vectors == 3 ? go(Count<3>{}) : go(Count<4>{});
-        }
+    const int64_t beside = passes == 1 ? 1 : BESIDE;
+    const Ahead next = {passes == 1 ? AHEAD : beside * size, W::bytes(W::STEP) / passes};
+    auto pass_over = [&](int64_t row, int64_t pass) {
+        const int64_t token = pass * each + std::min(pass, more), vectors = each + (pass < more);
+        const Ahead ahead = {next.from + pass * (size / passes), next.step};
+        auto go = [&](auto count) { tile<W, R, count>(m, row, gap, x, stride, token, ahead, target); };
+        if (vectors == 1) go(Count<1>{});
+        else if (vectors == 2) go(Count<2>{});
+        else if constexpr (MOST > 2) vectors == 3 ? go(Count<3>{}) : go(Count<4>{});
+    };
+    for (int64_t row = first; row < last; row += beside)
+        for (int64_t pass = 0; pass < passes; pass++)
+            for (int64_t i = row; i < std::min(last, row + beside); i++) pass_over(i, pass);
 }
 
 template <class Use>
