@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.cache import KVCache
-from llama.lookup import Lookup
+from llama.lookup import Lookup, agreeing
 from llama.model import Transformer
 from llama.parallel import Ranks
 from llama.prompts import FinishReason, Prompt
@@ -43,14 +43,7 @@ class Answer:
     """One row's answer as it grows. Tokens whose text could still turn out to begin a stop string are held back."""
 
     def __init__(
-        self,
-        row: int,
-        prompt: Prompt,
-        sampling: Sampling,
-        limit: int,
-        stop: Stop,
-        tokenizer: Tokenizer,
-        lookup: int = 0,
+        self, row: int, prompt: Prompt, sampling: Sampling, limit: int, stop: Stop, tokenizer: Tokenizer, lookup: int
     ) -> None:
         given = [stop] if isinstance(stop, (str, int)) else stop
         self.lookup = Lookup(lookup)
@@ -173,10 +166,10 @@ def choose(logits: Tensor, guesses: Sequence[list[int]], active: Sequence[Answer
     NOTHING behind a row's last."""
     settings, generators = [a.sampling for a in active], [a.generator for a in active]
     if logits.shape[1] > 1 and all(s.temperature == 0 for s in settings):  # nothing is drawn: all at once
-        likeliest = logits.argmax(-1)
-        ends = [_agreeing(guess, row) + 1 for guess, row in zip(guesses, likeliest.tolist(), strict=True)]
-        behind = torch.arange(logits.shape[1]) >= torch.tensor(ends)[:, None]
-        return likeliest.masked_fill_(behind.to(logits.device), NOTHING)
+        chosen = logits.argmax(-1)
+        for row, tokens, guess in zip(chosen, chosen.tolist(), guesses, strict=True):
+            row[agreeing(guess, tokens) + 1 :] = NOTHING
+        return chosen
     chosen = torch.full(logits.shape[:2], NOTHING, device=logits.device)
     chosen[:, 0] = sample(logits[:, 0], settings, generators)
     rows = list(range(len(active)))
@@ -187,11 +180,6 @@ def choose(logits: Tensor, guesses: Sequence[list[int]], active: Sequence[Answer
             break
         chosen[rows, t] = sample(logits[rows, t], [settings[i] for i in rows], [generators[i] for i in rows])
     return chosen
-
-
-def _agreeing(guess: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens of a guess are those of the answer, from the first on."""
-    return next((i for i, pair in enumerate(zip(guess, tokens, strict=False)) if pair[0] != pair[1]), len(guess))
 
 
 def _take(answer: Answer, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:

@@ -16,6 +16,7 @@ import torch
 from llama.checkpoint import open_checkpoint
 from llama.config import RopeScaling
 from llama.decoding import Answer, Event, Stop, decode, last_logits, prefill
+from llama.lookup import agreeing
 from llama.model import Transformer
 from llama.parallel import Ranks, default_dtype, start
 from llama.prompts import (
@@ -199,8 +200,7 @@ class Llama:
     def _known(self, tokens: list[int]) -> int:
         """How many of `tokens`, short of the last, are those whose keys and values stand in row 0 of the cache."""
         read = self.model.own_cache().tokens[:-1]  # the last token was sampled, perhaps not read
-        both = zip(read, tokens[:-1], strict=False)
-        return next((i for i, (a, b) in enumerate(both) if a != b), min(len(read), len(tokens) - 1))
+        return agreeing(read, tokens[:-1])
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[Details]:
@@ -255,20 +255,10 @@ class Llama:
         before = [s["logprobs"] for s in self.score([p.tokens for p in asked])] if echo else [[] for _ in asked]
         return tokens, [[*own, *r.logprobs] for own, r in zip(before, results, strict=True)]
 
-    def _collect(
-        self,
-        asked: Sequence[Prompt],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        *,
-        top_k: int | None,
-        stop: Stop,
-        seed: int | Sequence[int] | None,
-    ) -> list[Event]:
-        """All events of each row in one."""
+    def _collect(self, asked: Sequence[Prompt], *settings: Any, **named: Any) -> list[Event]:
+        """All events of each row in one; the settings are those of `stream`."""
         rows: list[list[Event]] = [[] for _ in asked]
-        for event in self.stream(asked, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed):
+        for event in self.stream(asked, *settings, **named):
             rows[event.row].append(event)
         return [
             Event(

@@ -9,7 +9,7 @@ it is the one that was guessed, the scores of the next one are there already). S
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 NGRAM = 2
 """Tokens that must have stood before in the same order."""
@@ -48,22 +48,15 @@ class Lookup:
         if self._waiting:
             self._waiting -= 1
             return []
-        known = self._known(tuple(tokens[-NGRAM:]))
-        agreeing, place = max(((_agreeing(tokens, place), place) for place in known), default=(0, 0))
+        length, place, known = 0, 0, self._last.get(tuple(tokens[-NGRAM:]), 0)
+        for _ in range(PLACES if known else 0):
+            length, place = max((length, place), (_agreeing_before(tokens, known), known))
+            known = self._earlier[known]
         guess: list[int] = []
-        for at in range(place, place + min(agreeing, self._most)):
+        for at in range(place, place + min(length, self._most)):
             # What repeats itself up to the end is guessed to go on so: then the guess reads from itself.
             guess.append(tokens[at] if at < len(tokens) else guess[at - len(tokens)])
         return guess
-
-    def _known(self, key: tuple[int, ...]) -> Iterator[int]:
-        """The last PLACES where these tokens stood before."""
-        place = self._last.get(key, 0)
-        for _ in range(PLACES):
-            if not place:
-                return
-            yield place
-            place = self._earlier[place]
 
     def learn(self, guessed: int, right: int) -> None:
         """How many of the last guess's tokens came true."""
@@ -73,9 +66,13 @@ class Lookup:
         self._waiting = self._pause
 
 
-def _agreeing(tokens: list[int], place: int) -> int:
-    """How many tokens before a place are the same as before the end."""
-    count = NGRAM
-    while count < min(CONTEXT, place) and tokens[place - 1 - count] == tokens[-1 - count]:
-        count += 1
-    return count
+def _agreeing_before(tokens: list[int], place: int) -> int:
+    """How many tokens before a place are the same as before the end; none before the first."""
+    most = min(CONTEXT, place)
+    return agreeing(tokens[place - most : place][::-1], tokens[len(tokens) - most :][::-1])
+
+
+def agreeing(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens are the same, from the beginning on."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -227,7 +227,7 @@ def test_an_answers_events_add_up(tokenizer: Tokenizer, text: str, stop: list[st
     decode = tokenizer.decode_infilling if context else tokenizer.decode
     ids = tokenizer.encode_infilling(text) if context else tokenizer.encode(text, bos=False, eos=False)
     prompt = Prompt(tokenizer.encode(context, bos=True, eos=False), frozenset({2}), continues=context != "")
-    answer = Answer(0, prompt, Sampling(), limit, stop, tokenizer)
+    answer = Answer(0, prompt, Sampling(), limit, stop, tokenizer, 0)
     events: list[Event] = []
     for n, token in enumerate([*ids, 2]):
         if not answer.finished:
@@ -247,7 +247,7 @@ def test_an_answers_events_add_up(tokenizer: Tokenizer, text: str, stop: list[st
 
 def test_tokens_that_could_begin_a_stop_string_are_held_back_with_their_text(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.sp_model.piece_to_id(letter) for letter in "aENxEND"]
-    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 99, "END", tokenizer)
+    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 99, "END", tokenizer, 0)
     events = [answer.take(token, -float(n)) for n, token in enumerate(ids)]
     assert [event.text for event in events] == ["a", "", "", "ENx", "", "", ""]
     assert [len(event.tokens) for event in events] == [1, 0, 0, 3, 0, 0, 0]
@@ -259,6 +259,6 @@ def test_tokens_that_could_begin_a_stop_string_are_held_back_with_their_text(tok
 def test_a_stop_string_may_end_in_what_is_told_last(tokenizer: Tokenizer) -> None:
     """The end of the answer makes half a character U+FFFD, and that completes the stop string."""
     half = tokenizer.sp_model.piece_to_id("<0xE4>")
-    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 2, "x\ufffd", tokenizer)
+    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 2, "x\ufffd", tokenizer, 0)
     events = [answer.take(tokenizer.sp_model.piece_to_id("x"), -1.0), answer.take(half, -2.0)]
     assert [(event.text, event.tokens, event.finish_reason) for event in events] == [("", [], None), ("", [], "stop")]
