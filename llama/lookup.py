@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NGRAM = 2
-"""Tokens that must have stood before in the same order."""
+"""Tokens that must have stood before in the same order (docs/LOG.md compares two and three)."""
 PLACES = 16
 """Where they did: so many places are looked at, the last ones."""
 CONTEXT = 32
@@ -49,7 +49,9 @@ class Lookup:
             self._waiting -= 1
             return []
         length, place, known = 0, 0, self._last.get(tuple(tokens[-NGRAM:]), 0)
-        for _ in range(PLACES if known else 0):
+        for _ in range(PLACES):
+            if not known:
+                break
             length, place = max((length, place), (_agreeing_before(tokens, known), known))
             known = self._earlier[known]
         guess: list[int] = []
@@ -67,7 +69,7 @@ class Lookup:
 
 
 def _agreeing_before(tokens: list[int], place: int) -> int:
-    """How many tokens before a place are the same as before the end; none before the first."""
+    """How many tokens before a place are the same as before the end."""
     most = min(CONTEXT, place)
     return agreeing(tokens[place - most : place][::-1], tokens[len(tokens) - most :][::-1])
 

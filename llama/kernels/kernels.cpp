@@ -336,7 +336,7 @@ using Bfloat16Pairs = Bfloat16;
 struct Int8 {
     using Numbers = Shorts;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = REGISTERS == 32 ? 5 : 2;
-    static constexpr int LIMIT = 32767, BIAS = 0;
+    static constexpr int LIMIT = 32639, BIAS = 0;
     static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
     static int column(int vector, int number) { return vector / 2 * 4 * LANES + 2 * number + vector % 2; }
@@ -367,7 +367,7 @@ struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2, WIDE = 2;
-    static constexpr int LIMIT = 32767, BIAS = 0;
+    static constexpr int LIMIT = 32639, BIAS = 0;
     static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
     static constexpr int64_t bytes(int64_t columns) { return columns / 2; }
@@ -844,12 +844,20 @@ struct Part {
 
 constexpr int64_t PIECE = 1 << 19;  // bytes of a weight: some forty microseconds
 
+constexpr float NEVER = -3e38f;  // a score that has no weight
+
+#include "tiles.h"
+
 // A weight times n vectors (n, C), by all threads. Its rows are in `parts` of the same size, which go along with each other;
 // done(first, last) is called with rows of each that have been made.
 template <class Done>
 void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
     with_kind(m, [&](auto kind) {
         using W = decltype(kind);
+#ifdef HAS_TILES
+        if constexpr (Tiled<W>::HERE)
+            if (may_use_tiles()) return product_by_tiles<W>(me, m, x, n, parts, done);
+#endif
         static thread_local std::vector<float> room;
         const int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
         at_least(room, n * stride + 16);
@@ -919,7 +927,6 @@ struct Float32Cache : Float32 { using Number = float; };
 struct Bfloat16Cache : Bfloat16 { using Number = uint16_t; };
 
 constexpr int AT_ONCE = 64;  // slots: their scores are made before the softmax goes on
-constexpr float NEVER = -3e38f;
 
 // STEPS steps of `count` values, each by its slot's weight, to what there is of them.
 template <class W, int STEPS>
@@ -1189,12 +1196,12 @@ struct Attention {
     }
 };
 
-template <class T>
+template <class Attention>
 void attend_to(const Prompt& p) {
     int64_t queries = std::max<int64_t>(16, 256 * p.kv_heads / p.heads), blocks = (p.tokens + queries - 1) / queries;
 #pragma omp parallel num_threads(p.threads)
     {
-        Attention<T> attention(p);
+        Attention attention(p);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < p.rows * p.kv_heads * blocks; item++) {
             int64_t block = blocks - 1 - item % blocks;
@@ -1266,7 +1273,10 @@ void run_half(const Block* block, int64_t is_attention, const Step* step, const 
 
 // softmax(q·k / sqrt(D))·v of a prompt, each token of which sees the slots up to its own.
 void attend_prompt(const Prompt* prompt) {
-    prompt->kind == FLOAT32 ? attend_to<float>(*prompt) : attend_to<uint16_t>(*prompt);
+#ifdef HAS_TILES
+    if (prompt->kind == BFLOAT16 && prompt->head_dim % 32 == 0 && may_use_tiles()) return attend_to<TiledAttention>(*prompt);
+#endif
+    prompt->kind == FLOAT32 ? attend_to<Attention<float>>(*prompt) : attend_to<Attention<uint16_t>>(*prompt);
 }
 
 // Of bfloat16, (rows, T, heads, D): pairs of neighbours turned by the angles of their token, cos and sin (T, D/2) or, with
@@ -1302,6 +1312,25 @@ void gate(const uint16_t* x, int64_t n, int64_t hidden, uint16_t* out, int64_t t
 // x (n, C) times a weight (N, C), transposed: out (n, N).
 void multiply(const Matrix* m, const float* x, int64_t n, float* out, int64_t threads) {
     if (n) together(threads, [&](Thread& me) { product(me, *m, x, n, {out, m->rows, false}); });
+}
+
+// Whether `multiply_many` can be had: by matrix tiles.
+int64_t has_tiles() {
+#ifdef HAS_TILES
+    return may_use_tiles();
+#else
+    return 0;
+#endif
+}
+
+// x (n, C) times a weight (N, C) of 16, 8 or 4 bits, transposed: out (n, N), all of bfloat16. C is a multiple of 64.
+void multiply_many(const Matrix* m, const uint16_t* x, int64_t n, uint16_t* out, int64_t threads) {
+#ifdef HAS_TILES
+    with_kind(*m, [&](auto kind) {
+        using W = decltype(kind);
+        if constexpr (!std::is_same<W, Float32>::value) multiply_many<W>(*m, x, n, out, threads);
+    });
+#endif
 }
 
 // Rows first to first + count of a weight of 4 bits, as numbers of a kind (count, C).

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+PARTS = (SOURCE, SOURCE.with_name("tiles.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 EXACT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """What the kernels read and write, whatever PyTorch's defaults are."""
@@ -92,10 +93,12 @@ FUNCTIONS = {
     "turn": (_POINTER, *(_NUMBER,) * 5, _POINTER, _POINTER, _NUMBER, _NUMBER),
     "gate": (_POINTER, _NUMBER, _NUMBER, _POINTER, _NUMBER),
     "multiply": (_MATRIX, _POINTER, _NUMBER, _POINTER, _NUMBER),
+    "has_tiles": (),
+    "multiply_many": (_MATRIX, _POINTER, _NUMBER, _POINTER, _NUMBER),
     "decode": (_MATRIX, _NUMBER, _NUMBER, _POINTER, _NUMBER, _NUMBER),
 }
 """Those of kernels.cpp, and what they take."""
-RETURNING = ("lanes", "multiplies_bfloat16", "multiplies_bytes", "sum_of_threads", "run_blocks")
+RETURNING = ("lanes", "multiplies_bfloat16", "multiplies_bytes", "has_tiles", "sum_of_threads", "run_blocks")
 """Those that return a number."""
 
 
@@ -196,7 +199,7 @@ def _key() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, features)).encode()).hexdigest()[:16]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in PARTS) + repr((FLAGS, features)).encode()).hexdigest()[:16]
 
 
 def _check(library: ctypes.CDLL) -> None:

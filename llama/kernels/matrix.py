@@ -70,6 +70,8 @@ class Matrix:
 
     def _many(self, rows: Tensor) -> Tensor:
         assert self.codes is not None
+        if self.kind != FLOAT32 and self.shape[1] % 64 == 0 and library.load().has_tiles():
+            return self._many_by_tiles(rows)
         if self.kind == INT8_DYNAMIC:
             return self._many_of_bytes(rows)
         if self.kind == BFLOAT16 and multiplies_bfloat16():
@@ -86,6 +88,13 @@ class Matrix:
         if self.kind == INT8:
             assert self.scale is not None
             out.mul_(self.scale.to(dtype).squeeze(1))
+        return out
+
+    def _many_by_tiles(self, rows: Tensor) -> Tensor:
+        rows = rows.bfloat16().contiguous()
+        out = rows.new_empty(len(rows), self.shape[0])
+        threads = torch.get_num_threads()
+        library.load().multiply_many(ctypes.byref(self.struct), rows.data_ptr(), len(rows), out.data_ptr(), threads)
         return out
 
     def _many_of_bytes(self, rows: Tensor) -> Tensor:

@@ -1,0 +1,721 @@
+// Products by matrix tiles, where a processor has them (AMX of x86). A part of kernels.cpp.
+//
+// A tile is a register of 16 rows of 64 bytes. One instruction multiplies 16 rows of a weight, 32 columns of bfloat16 or 64
+// of bytes, by as much of up to 16 vectors: what 128 instructions on vectors do, in the time of some sixteen. So a few
+// vectors take as long as one, which is as long as memory takes.
+//
+// A weight's rows are the rows of a tile, read where they lie (16 and 8 bits) or, 4 bits, from where they are made bytes.
+// The vectors are laid out once (`lay_out`), as the instruction wants its second factor: a tile's row has of each vector one
+// word, 2 or 4 neighbours. Whole numbers of 16 bits are two bytes, so such a vector has two words in each row, and nf4's
+// levels, of 13 bits, make two tiles.
+
+#if defined(EMULATED_TILES)  // to test what is made of the instructions where there are none
+#define HAS_TILES
+#elif LANES == 16 && defined(MULTIPLIES_BFLOAT16) && defined(MULTIPLIES_BYTES) && defined(__AMX_TILE__) && \
+    defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifdef HAS_TILES
+static_assert(LANES == 16, "a tile has rows of 16 words");
+
+// Tiles by number: 0 and 1 are sums, 2 and 3 are of weights, 4 and 5 of vectors.
+struct alignas(64) Shapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+    Shapes() { std::fill(row_bytes, row_bytes + 8, uint16_t(64)), std::fill(rows, rows + 8, uint8_t(16)); }
+    // Of `rows` rows of a weight, `bytes` of each at a time, and `words` of vectors.
+    Shapes(int64_t weights, int64_t bytes, int64_t words) {
+        auto set = [&](int tile, int64_t n, int64_t size) { rows[tile] = uint8_t(n), row_bytes[tile] = uint16_t(size); };
+        for (int i = 0; i < 2; i++)
+            set(i, weights, 4 * words), set(2 + i, weights, bytes), set(4 + i, bytes / 4, 4 * words);
+    }
+};
+
+#ifdef EMULATED_TILES
+struct Tile {
+    uint8_t row[16][64];
+};
+inline thread_local Tile held[8];
+inline thread_local Shapes shapes;
+inline bool may_use_tiles() { return true; }
+inline void begin_tiles(const Shapes& of) { shapes = of; }
+inline void end_tiles() {}
+template <int T>
+void clear_tile() { held[T] = Tile{}; }
+template <int T>
+void load_tile(const void* from, int64_t stride) {
+    for (int r = 0; r < shapes.rows[T]; r++)
+        std::memcpy(held[T].row[r], static_cast<const uint8_t*>(from) + r * stride, shapes.row_bytes[T]);
+}
+template <int T>
+void store_tile(void* to, int64_t stride) {
+    for (int r = 0; r < shapes.rows[T]; r++)
+        std::memcpy(static_cast<uint8_t*>(to) + r * stride, held[T].row[r], shapes.row_bytes[T]);
+}
+template <class Number, class Sum, int C, int A, int B, class Widen>
+void multiply_emulated(Widen wide) {
+    constexpr int EACH = 4 / sizeof(Number);
+    auto at = [](Tile& tile, int row, int i) { return load<Number>(tile.row[row] + i * sizeof(Number)); };
+    for (int m = 0; m < shapes.rows[C]; m++)
+        for (int n = 0; n < shapes.row_bytes[C] / 4; n++) {
+            Sum sum = load<Sum>(held[C].row[m] + 4 * n);
+            for (int k = 0; k < shapes.row_bytes[A] / int(sizeof(Number)); k++)
+                sum += wide(at(held[A], m, k)) * wide(at(held[B], k / EACH, n * EACH + k % EACH));
+            std::memcpy(held[C].row[m] + 4 * n, &sum, 4);
+        }
+}
+template <int C, int A, int B>
+void multiply_bytes() { multiply_emulated<int8_t, int32_t, C, A, B>([](int8_t byte) { return int32_t(byte); }); }
+template <int C, int A, int B>
+void multiply_bfloat16() { multiply_emulated<uint16_t, float, C, A, B>(widen); }
+#else
+// Linux gives a process tiles when it asks for them, once (arch_prctl: ARCH_REQ_XCOMP_PERM of the feature XTILEDATA).
+inline bool may_use_tiles() {
+    static const bool may = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return may;
+}
+inline void begin_tiles(const Shapes& of) { asm volatile("ldtilecfg %0" : : "m"(of)); }
+inline void end_tiles() { asm volatile("tilerelease"); }
+template <int T>
+inline void clear_tile() { asm volatile("tilezero %%tmm%c0" : : "i"(T)); }
+template <int T>
+inline void load_tile(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+inline void store_tile(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+inline void multiply_bytes() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
+template <int C, int A, int B>
+inline void multiply_bfloat16() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
+#endif
+
+// Lanes of two vectors by number, those of the second from LANES on.
+template <int... LANE>
+inline Words pick(Words a, Words b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, LANE...);
+#else
+    return __builtin_shuffle(a, b, Words{LANE...});
+#endif
+}
+
+template <int H, int... LANE>
+inline void swap_blocks(Words& a, Words& b, std::integer_sequence<int, LANE...>) {
+    Words upper = pick<(LANE & H ? LANES + LANE - H : LANE)...>(a, b);
+    b = pick<(LANE & H ? LANES + LANE : LANE + H)...>(a, b), a = upper;
+}
+
+template <int H>
+inline void transpose(Words (&v)[16]) {  // 16 x 16 words: blocks of H, of H / 2, ... change places
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        if (!(i & H)) swap_blocks<H>(v[i], v[i + H], std::make_integer_sequence<int, LANES>{});
+    if constexpr (H > 1) transpose<H / 2>(v);
+}
+
+// How a kind of weight lies in tiles: COLUMNS of it at a time, with PARTS words of a vector to each four bytes of a row, in
+// PLANES tiles of their own. STEP columns have the vectors' words together.
+template <class W>
+struct Tiled {
+    static constexpr bool HERE = false;
+};
+template <>
+struct Tiled<Bfloat16Pairs> {
+    static constexpr bool HERE = true;
+    static constexpr int STEP = 32, COLUMNS = 32, PARTS = 1, PLANES = 1, LIMIT = 0;
+};
+template <>
+struct Tiled<Int8> {
+    static constexpr bool HERE = true;
+    static constexpr int STEP = 64, COLUMNS = 64, PARTS = 2, PLANES = 1, LIMIT = 127 * 256 + 127;
+    static constexpr float UNIT = 1;
+    static int column(int place) { return place; }
+};
+template <>
+struct Tiled<Int8Dynamic> : Tiled<Int8> {
+    static constexpr int PARTS = 1, LIMIT = 127;
+};
+template <int GROUP>
+struct TiledFours {  // of 32 bytes: the lower halves of the first 16, the upper ones of these, and so the others
+    static constexpr bool HERE = true;
+    static constexpr int STEP = 64, COLUMNS = GROUP < 64 ? GROUP : 64, PARTS = 2, LIMIT = 127 * 256 + 127;
+    static int column(int place) { return place / 32 * 32 + place % 16 * 2 + (place / 16 + 1) % 2; }
+    static Bytes codes(const uint8_t* at) {
+        typedef uint64_t Longs __attribute__((vector_size(64)));
+#ifdef __AVX512F__
+        Words words = Words(_mm512_broadcast_i64x4(load<__m256i>(at)));
+#else
+        Words words = {};
+        std::memcpy(&words, at, 32);
+#endif
+        words = pick<0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7>(words, words);
+        return Bytes(Longs(words) >> Longs{0, 0, 4, 4, 0, 0, 4, 4}) & uint8_t(15);
+    }
+};
+template <int GROUP>
+struct Tiled<Int4<GROUP>> : TiledFours<GROUP> {
+    static constexpr int PLANES = 1;
+    static constexpr float UNIT = 1;
+    static void make_bytes(const uint8_t* from, uint8_t* to, int64_t) {
+        Bytes bytes = TiledFours<GROUP>::codes(from) - uint8_t(8);
+        std::memcpy(to, &bytes, 64);
+    }
+};
+struct SignedLevels {  // nf4's as two bytes, both with a sign
+    uint8_t lower[16] = {}, upper[16] = {};
+    constexpr SignedLevels() {
+        for (int i = 0; i < 16; i++) lower[i] = LEVELS.lower[i], upper[i] = uint8_t(LEVELS.upper[i] + (LEVELS.lower[i] > 127));
+    }
+};
+constexpr SignedLevels SIGNED_LEVELS;
+template <int GROUP>
+struct Tiled<Nf4<GROUP>> : TiledFours<GROUP> {
+    static constexpr int PLANES = 2;
+    static constexpr float UNIT = Nf4<GROUP>::UNIT;
+    static void make_bytes(const uint8_t* from, uint8_t* to, int64_t plane) {
+        Bytes codes = TiledFours<GROUP>::codes(from);
+        Bytes upper = look_up(SIGNED_LEVELS.upper, codes), lower = look_up(SIGNED_LEVELS.lower, codes);
+        std::memcpy(to, &upper, 64), std::memcpy(to + plane, &lower, 64);
+    }
+};
+
+// Vectors laid out for tiles, all in the same room: Q words of each row. Steps of weights, steps of groups' sums, and for
+// each SHARED columns what a 1 of each of the Q is, in all lanes by their number.
+template <class W>
+struct Panel {
+    using K = Tiled<W>;
+    static constexpr bool WHOLE = !std::is_same<W, Bfloat16Pairs>::value;
+    static constexpr int MOST = 16 / K::PARTS;  // vectors
+    int64_t steps, columns, sums, units, bytes;  // `columns` are those in whole steps; where the others begin, in bytes
+    Panel(const Matrix& m, int64_t Q) {
+        steps = m.columns / K::STEP, columns = steps * K::STEP;
+        sums = steps * 64 * Q;
+        units = sums + (W::OFFSET ? (m.columns / m.group + 31) / 32 * 64 * Q : 0);
+        bytes = units + (WHOLE ? (columns + SHARED - 1) / SHARED * 64 : 0);
+    }
+};
+
+// `bytes` of each of `count` rows, `stride` apart, to steps of 16 rows of Q words: of 64 bytes each.
+template <int Q>
+void lay_out(const uint8_t* rows, int64_t stride, int64_t bytes, uint8_t* to, int64_t count = Q) {
+    if (Q == 1) std::memcpy(to, rows, bytes);
+    else
+        for (int64_t at = 0; at < bytes; at += 64) {
+            Words v[16];
+#pragma GCC unroll 16
+            for (int q = 0; q < 16; q++) v[q] = q < Q && q < count ? load<Words>(rows + q * stride + at) : Words{};
+            transpose<8>(v);
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; k++, to += 4 * Q) std::memcpy(to, &v[k], 4 * Q);
+        }
+}
+
+// `count` vectors x (count, C) to a panel of Q words a row.
+template <class W, int Q>
+void place_in_tiles(const Matrix& m, const float* x, int64_t count, uint8_t* panel) {
+    using K = Tiled<W>;
+    constexpr int EACH = Q / K::PARTS;
+    const Panel<W> p(m, Q);
+    const int64_t stride = p.steps * 64 + 64, groups = W::OFFSET ? (m.columns / m.group + 31) / 32 * 64 : 0;
+    static thread_local std::vector<uint8_t> room;
+    room.assign(Q * (stride + groups), 0);
+    uint8_t *rows = room.data(), *sums = rows + Q * stride;
+    auto* units = reinterpret_cast<float*>(panel + p.units);
+    for (int64_t j = 0; j < count; j++, x += m.columns) {
+        uint8_t *upper = rows + j * stride, *lower = rows + (j + EACH) * stride;
+        if constexpr (!Panel<W>::WHOLE) {
+            for (int64_t c = 0; c < p.columns; c += LANES) put(reinterpret_cast<uint16_t*>(upper) + c, load<Floats>(x + c));
+        } else {
+            int32_t numbers[SHARED];
+            for (int64_t first = 0; first < p.columns; first += SHARED) {
+                const int64_t shared = std::min(SHARED, p.columns - first);
+                const float unit = round_together(x + first, shared, K::LIMIT, numbers);
+                for (int lane = 0; lane < LANES; lane++)
+                    if (lane % EACH == j)
+                        units[first / SHARED * LANES + lane] = unit * K::UNIT * (K::PARTS == 1 || lane % Q >= EACH ? 1 : 256);
+                for (int64_t step = 0; step < shared; step += 64) {
+                    int16_t in_order[64];
+#pragma GCC unroll 4
+                    for (int i = 0; i < 64; i++) in_order[i] = int16_t(numbers[step + K::column(i)]);
+                    for (int i = 0; i < 64; i++) {
+                        if (K::PARTS == 1) upper[first + step + i] = uint8_t(in_order[i]);
+                        else {
+                            upper[first + step + i] = uint8_t((in_order[i] + 128) >> 8);
+                            lower[first + step + i] = uint8_t(in_order[i]);
+                        }
+                    }
+                }
+                if constexpr (W::OFFSET)  // a sum in two parts as well, of bfloat16
+                    for (int64_t group = 0; group < shared; group += m.group) {
+                        int32_t total = 0;
+                        for (int64_t i = group; i < group + m.group; i++) total += int16_t(numbers[i]);
+                        const float sum = unit * float(total);
+                        const uint16_t most = narrow(sum), rest = narrow(sum - widen(most));
+                        const int64_t at = (first + group) / m.group * 2;
+                        std::memcpy(sums + j * groups + at, &most, 2), std::memcpy(sums + (j + EACH) * groups + at, &rest, 2);
+                    }
+            }
+        }
+    }
+    lay_out<Q>(rows, stride, p.steps * 64, panel);
+    if constexpr (W::OFFSET) lay_out<Q>(sums, groups, groups, panel + p.sums);
+}
+
+// Of 16 rows, those of the lanes of one of Q vectors: each row's number Q times.
+template <int Q, int... LANE>
+inline Floats each_row(Floats of_rows, int z, std::integer_sequence<int, LANE...>) {
+    const Words number = {(LANE / Q)...};
+#ifdef __clang__
+    Floats out;
+    for (int i = 0; i < LANES; i++) out[i] = of_rows[number[i] + z * (LANES / Q)];
+    return out;
+#else
+    return __builtin_shuffle(of_rows, Ints(number + uint32_t(z * (LANES / Q))));
+#endif
+}
+
+// Some numbers of bfloat16 of each of `count` rows, `stride` apart, to pairs of columns by row: (32, 16).
+inline void by_column(const uint16_t* rows, int64_t stride, int64_t count, int64_t numbers, float* out) {
+    Words v[16] = {};
+    for (int r = 0; r < count; r++)
+        if (numbers >= 32) v[r] = load<Words>(rows + r * stride);
+        else std::memcpy(&v[r], rows + r * stride, 2 * numbers);
+    transpose<8>(v);
+    for (int k = 0; k < 16; k++) store(out + 2 * k * 16, Floats(v[k] << 16)), store(out + 2 * k * 16 + 16, Floats(v[k] & 0xffff0000u));
+}
+
+// `count` rows, sixteen at most and `gap` apart, times a panel: 16 x Q sums, but for columns that no step has.
+template <class W, int Q>
+void multiply_tile(const Matrix& m, int64_t row, int64_t gap, int64_t count, const uint8_t* panel, float* out) {
+    using K = Tiled<W>;
+    const Panel<W> p(m, Q);
+    const int64_t size = W::bytes(m.columns), stride = gap * size;
+    const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
+    const auto* units = reinterpret_cast<const float*>(panel + p.units);
+    if constexpr (!Panel<W>::WHOLE) {
+        clear_tile<0>();
+        for (int64_t s = 0; s < p.steps; s++) {
+            load_tile<4>(panel + s * 64 * Q, 4 * Q);
+            load_tile<2>(codes + s * 64, stride);
+            multiply_bfloat16<0, 2, 4>();
+        }
+        store_tile<0>(out, 4 * Q);
+    } else {
+        Floats sums[Q] = {};
+        auto add = [&](Floats (&to)[Q], const int32_t* made, auto factor) {  // times what there is to each
+#pragma GCC unroll 16
+            for (int z = 0; z < Q; z++) {
+                Ints number = load<Ints>(made + z * LANES);
+                if constexpr (K::PLANES == 2) number = (number << 8) + load<Ints>(made + (Q + z) * LANES);
+                to[z] = add_product(to[z], factor(z), __builtin_convertvector(number, Floats));
+            }
+        };
+        if constexpr (!W::GROUPED) {
+            for (int64_t first = 0; first < p.columns; first += SHARED, units += LANES) {
+                alignas(64) int32_t made[16 * Q];
+                clear_tile<0>();
+                for (int64_t c = first; c < std::min(p.columns, first + SHARED); c += K::COLUMNS) {
+                    load_tile<4>(panel + c * Q, 4 * Q);
+                    load_tile<2>(codes + c, stride);
+                    multiply_bytes<0, 2, 4>();
+                }
+                store_tile<0>(made, 4 * Q);
+                add(sums, made, [&](int) { return load<Floats>(units); });
+            }
+        } else {
+            static thread_local std::vector<float> room;
+            const int64_t groups = m.columns / m.group, whole = (groups + 31) / 32 * 32;
+            at_least(room, 16 * whole);
+            float* scales = room.data();
+            for (int64_t g = 0; g < groups; g += 32)
+                by_column(m.scale + row * groups + g, gap * groups, count, groups - g, scales + 16 * g);
+            if constexpr (W::OFFSET) {  // the groups' sums, by what their weights have in common
+                static thread_local std::vector<uint16_t> zeros;
+                zeros.assign(16 * whole, 0);
+                for (int64_t r = 0; r < count; r++) std::copy_n(m.zero + (row + r * gap) * groups, groups, zeros.data() + r * whole);
+                clear_tile<0>();
+                for (int64_t at = 0; at < 2 * whole; at += K::COLUMNS) {
+                    load_tile<4>(panel + p.sums + at * Q, 4 * Q);
+                    load_tile<2>(zeros.data() + at / 2, 2 * whole);
+                    multiply_bfloat16<0, 2, 4>();
+                }
+                store_tile<0>(sums, 4 * Q);
+            }
+            // Some columns are made bytes, then multiplied, then added up: what is written is in place when it is read.
+            constexpr int64_t SOME = 512, WIDTH = SOME + 64;
+            alignas(64) static thread_local uint8_t bytes[K::PLANES * 16 * WIDTH];
+            alignas(64) static thread_local int32_t made[SOME / 32 * K::PLANES * 16 * Q];
+            uint8_t* to = bytes;
+            int32_t* of_groups = made;
+            for (int64_t first = 0; first < p.columns; first += SHARED, units += LANES) {
+                Floats part[Q] = {};
+                const int64_t last = std::min(p.columns, first + SHARED);
+                for (int64_t some = first; some < last; some += SOME) {
+                    const int64_t columns = std::min(SOME, last - some);
+                    for (int64_t r = 0; r < count; r++)
+                        for (int64_t c = 0; c < columns; c += 64)
+                            K::make_bytes(codes + r * stride + (some + c) / 2, to + r * WIDTH + c, 16 * WIDTH);
+                    int32_t* sum = of_groups;
+                    for (int64_t c = 0; c < columns; c += K::COLUMNS) {
+                        if (c % m.group == 0) {
+                            clear_tile<0>();
+                            if constexpr (K::PLANES == 2) clear_tile<1>();
+                        }
+                        load_tile<4>(panel + (some + c) * Q, 4 * Q);
+                        load_tile<2>(to + c, WIDTH);
+                        multiply_bytes<0, 2, 4>();
+                        if constexpr (K::PLANES == 2) load_tile<3>(to + 16 * WIDTH + c, WIDTH), multiply_bytes<1, 3, 4>();
+                        if ((c + K::COLUMNS) % m.group) continue;
+                        store_tile<0>(sum, 4 * Q), sum += 16 * Q;
+                        if constexpr (K::PLANES == 2) store_tile<1>(sum, 4 * Q), sum += 16 * Q;
+                    }
+                    const float* scale = scales + some / m.group * 16;
+                    for (const int32_t* from = of_groups; from < sum; from += K::PLANES * 16 * Q, scale += 16)
+                        add(part, from, [&](int z) {
+                            if constexpr (Q == 16) return Floats{} + scale[z];
+                            else return each_row<Q>(load<Floats>(scale), z, std::make_integer_sequence<int, LANES>{});
+                        });
+                }
+                for (int z = 0; z < Q; z++) sums[z] = add_product(sums[z], load<Floats>(units), part[z]);
+            }
+        }
+        std::memcpy(out, sums, sizeof sums);
+    }
+}
+
+// As `product`, by tiles.
+template <class W, class Done>
+void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
+    using K = Tiled<W>;
+    const int64_t panels = (n + Panel<W>::MOST - 1) / Panel<W>::MOST, each = n / panels, more = n % panels;
+    auto go = [&](auto words) {
+        constexpr int Q = words, EACH = Q / K::PARTS;
+        const Panel<W> p(m, Q);
+        static thread_local std::vector<float> room;
+        at_least(room, panels * p.bytes / 4 + 16);
+        auto* laid_out = reinterpret_cast<uint8_t*>(room.data());
+        laid_out += 64 - reinterpret_cast<uintptr_t>(laid_out) % 64;
+        auto first_of = [&](int64_t panel) { return panel * each + std::min(panel, more); };
+        for (int64_t i = 0; i < panels; i++) {
+            const int64_t first = first_of(i);
+            place_in_tiles<W, Q>(m, x + first * m.columns, first_of(i + 1) - first, laid_out + i * p.bytes);
+        }
+        auto make = [&](int64_t row, int64_t gap, int64_t count, const Target& target) {
+            for (int64_t i = 0; i < panels; i++) {
+                alignas(64) float made[16 * Q];
+                multiply_tile<W, Q>(m, row, gap, count, laid_out + i * p.bytes, made);
+                const int64_t first = first_of(i), vectors = first_of(i + 1) - first;
+                for (int64_t r = 0; r < count; r++)
+                    for (int64_t j = 0; j < vectors; j++) {
+                        float total = made[r * Q + j];
+                        if constexpr (K::PARTS == 2) total += made[r * Q + EACH + j];
+                        for (int64_t c = p.columns; c < m.columns; c++)
+                            total = std::fma(W::at(m, row + r * gap, c), x[(first + j) * m.columns + c], total);
+                        target(first + j, row + r * gap, W::finish(m, row + r * gap, total));
+                    }
+            }
+        };
+        const int64_t pieces = std::max<int64_t>(1, W::bytes(m.columns) * m.rows / me.count / PIECE);
+        begin_tiles(Shapes(16, K::COLUMNS * 64 / K::STEP, Q));
+        me.share_out(pieces, [&](int64_t whose, int64_t i) {
+            int64_t row, last;
+            me.share(m.rows / int64_t(parts.size()), whose, row, last);
+            const int64_t tiles = (last - row) / 16, from = tiles * i / pieces, to = tiles * (i + 1) / pieces, gap = to - from;
+            const int64_t first = row + 16 * from, rest = i == pieces - 1 ? (last - row) % 16 : 0;
+            for (const Part& part : parts)
+                for (int64_t at = first; at < first + gap; at++) make(part.first + at, gap, 16, part.target);
+            if (rest) begin_tiles(Shapes(rest, K::COLUMNS * 64 / K::STEP, Q));
+            for (const Part& part : parts)
+                if (rest) make(part.first + last - rest, 1, rest, part.target);
+            if (rest) begin_tiles(Shapes(16, K::COLUMNS * 64 / K::STEP, Q));
+            done(first, first + 16 * gap + rest);
+        });
+        end_tiles();
+    };
+    const int64_t most = each + (more > 0);
+    constexpr int P = K::PARTS;
+    if (most == 1) go(Count<P>{});
+    else if (most == 2) go(Count<2 * P>{});
+    else if (most <= 4) go(Count<4 * P>{});
+    else if (most <= 8) go(Count<8 * P>{});
+    else if constexpr (P == 1) go(Count<16>{});
+}
+
+// A prompt's products -------------------------------------------------------------------------------------------------
+//
+// Many vectors by a weight that is made bfloat16 (but int8-dynamic: bytes by bytes). Blocks of its rows are copied into
+// tiles that lie together, and meet 32 vectors at a time: four products for four tiles that are read. Of the vectors some
+// columns stay in the first cache while all rows of a block go over them.
+
+constexpr int64_t TILE = 16 * 64;  // bytes
+constexpr int64_t DEEP = 8;       // tiles of a row of tiles, that stay
+
+template <class W>
+constexpr bool IN_BYTES = std::is_same<W, Int8Dynamic>::value;
+
+// 16 rows of a weight as tiles, one after the other; those that it doesn't have are 0.
+template <class W>
+void make_tiles(const Matrix& m, int64_t row, int64_t steps, uint8_t* tiles) {
+    static thread_local std::vector<uint16_t> decoded;
+    for (int64_t r = 0; r < 16; r++) {
+        const auto* codes = static_cast<const uint8_t*>(m.codes) + (row + r) * W::bytes(m.columns);
+        uint8_t* to = tiles + r * 64;
+        if (row + r >= m.rows) {
+            for (int64_t s = 0; s < steps; s++) std::memset(to + s * TILE, 0, 64);
+            continue;
+        }
+        if constexpr (std::is_same<W, Int8>::value) {
+            typedef int8_t Signed __attribute__((vector_size(LANES)));
+            for (int64_t s = 0; s < steps; s++)
+                for (int half = 0; half < 2; half++)
+                    put(reinterpret_cast<uint16_t*>(to + s * TILE) + half * LANES,
+                        __builtin_convertvector(load<Signed>(codes + s * 32 + half * LANES), Floats));
+            continue;
+        } else if constexpr (std::is_same<typename W::Numbers, Shorts>::value) {
+            decoded.resize(m.columns);
+            decode_row(W{}, m, row + r, decoded.data());
+            codes = reinterpret_cast<uint8_t*>(decoded.data());
+        }
+        for (int64_t s = 0; s < steps; s++) std::memcpy(to + s * TILE, codes + s * 64, 64);
+    }
+}
+
+// Of bfloat16, a vector as bytes. Returns what a 1 is.
+inline float to_bytes(const uint16_t* x, int64_t count, uint8_t* bytes) {
+    Floats highest = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Words size = Words(widened(x + i)) & 0x7fffffffu;
+        highest = Words(highest) > size ? highest : Floats(size);
+    }
+    uint32_t most = 0;
+    for (int i = 0; i < LANES; i++) most = std::max(most, Words(highest)[i]);
+    if (most >= 0x7f800000) return std::memset(bytes, 0, count), std::nanf("");
+    const float unit = std::max(load<float>(&most) / 127, 0x1p-126f), units = 1 / unit;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its lower bits
+    typedef uint8_t Lowest __attribute__((vector_size(LANES)));
+    for (int64_t i = 0; i < count; i += LANES) {
+        Lowest byte = __builtin_convertvector(Words(widened(x + i) * units + magic), Lowest);
+        std::memcpy(bytes + i, &byte, LANES);
+    }
+    return unit;
+}
+
+// x (n, C) of bfloat16, C whole steps, by a weight: to out (n, N).
+template <class W>
+void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out, int64_t threads) {
+    constexpr bool BYTES = IN_BYTES<W>;
+    const int64_t row_bytes = m.columns * (BYTES ? 1 : 2), steps = row_bytes / 64, panels = (n + 31) / 32 * 2;
+    const int64_t block = std::clamp<int64_t>((1 << 20) / row_bytes / 32 * 32, 32, 128), blocks = (m.rows + block - 1) / block;
+    static thread_local std::vector<float> room, units;
+    at_least(room, (panels * steps * TILE + 64) / 4), at_least(units, panels * 16);
+    auto* laid_out = reinterpret_cast<uint8_t*>(room.data());
+    laid_out += 64 - reinterpret_cast<uintptr_t>(laid_out) % 64;
+    float* ones = units.data();
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local std::vector<uint8_t> tiles, bytes;
+        alignas(64) float sums[128 * 32];
+        tiles.resize(block / 16 * steps * TILE + 64);
+        uint8_t* weights = tiles.data() + 64 - reinterpret_cast<uintptr_t>(tiles.data()) % 64;
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t count = std::clamp<int64_t>(n - panel * 16, 0, 16);
+            const auto* rows = reinterpret_cast<const uint8_t*>(x + panel * 16 * m.columns);
+            if constexpr (BYTES) {
+                bytes.resize(16 * row_bytes);
+                for (int64_t j = 0; j < count; j++)
+                    ones[panel * 16 + j] = to_bytes(x + (panel * 16 + j) * m.columns, m.columns, bytes.data() + j * row_bytes);
+                rows = bytes.data();
+            }
+            lay_out<16>(rows, row_bytes, row_bytes, laid_out + panel * steps * TILE, count);
+        }
+        begin_tiles(Shapes());
+#pragma omp for schedule(dynamic)
+        for (int64_t number = 0; number < blocks; number++) {
+            const int64_t first = number * block, rows = (std::min(block, m.rows - first) + 31) / 32 * 32;
+            for (int64_t r = 0; r < rows; r += 16) make_tiles<W>(m, first + r, steps, weights + r / 16 * steps * TILE);
+            for (int64_t panel = 0; panel < panels; panel += 2) {
+                for (int64_t deep = 0; deep < steps; deep += DEEP) {
+                    const int64_t end = std::min(steps, deep + DEEP);
+                    for (int64_t r = 0; r < rows; r += 32) {
+                        const uint8_t *a = weights + r / 16 * steps * TILE, *b = laid_out + panel * steps * TILE;
+                        float* c = sums + r * 32;
+                        if (deep == 0) clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+                        else load_tile<0>(c, 64), load_tile<1>(c + 256, 64), load_tile<2>(c + 512, 64), load_tile<3>(c + 768, 64);
+                        for (int64_t s = deep; s < end; s++) {
+                            load_tile<4>(a + s * TILE, 64), load_tile<6>(b + s * TILE, 64);
+                            load_tile<5>(a + (steps + s) * TILE, 64), load_tile<7>(b + (steps + s) * TILE, 64);
+                            if constexpr (BYTES) {
+                                multiply_bytes<0, 4, 6>(), multiply_bytes<1, 4, 7>();
+                                multiply_bytes<2, 5, 6>(), multiply_bytes<3, 5, 7>();
+                            } else {
+                                multiply_bfloat16<0, 4, 6>(), multiply_bfloat16<1, 4, 7>();
+                                multiply_bfloat16<2, 5, 6>(), multiply_bfloat16<3, 5, 7>();
+                            }
+                        }
+                        store_tile<0>(c, 64), store_tile<1>(c + 256, 64), store_tile<2>(c + 512, 64), store_tile<3>(c + 768, 64);
+                    }
+                }
+                for (int64_t r = 0; r < rows; r += 16)
+                    for (int64_t half = 0; half < 2; half++) {
+                        const int64_t token = (panel + half) * 16, row = first + r, count = std::min<int64_t>(16, m.rows - row);
+                        const float* made = sums + r * 32 + half * 256;
+                        Words v[16];
+#pragma GCC unroll 16
+                        for (int i = 0; i < 16; i++) v[i] = load<Words>(made + i * 16);
+                        transpose<8>(v);
+                        float scales[16] = {};
+                        for (int64_t i = 0; i < count; i++) scales[i] = W::finish(m, row + i, 1);
+                        for (int64_t j = 0; j < 16 && token + j < n; j++) {
+                            Floats total = BYTES ? __builtin_convertvector(Ints(v[j]), Floats) * ones[token + j] : Floats(v[j]);
+                            uint16_t narrowed[16];
+                            put(narrowed, total * load<Floats>(scales));
+                            std::memcpy(out + (token + j) * m.rows + row, narrowed, 2 * std::max<int64_t>(0, count));
+                        }
+                    }
+            }
+        }
+        end_tiles();
+    }
+}
+
+// A prompt's attention ------------------------------------------------------------------------------------------------
+//
+// As kernels.cpp's `Attention` has it, of bfloat16. Sixteen tokens of a head are the lanes: keys (rows of a tile) times their
+// queries are scores by slot and token, so that a softmax is made of whole vectors, and its weights, two slots in a word,
+// are the second factor for the values, which are turned so that their rows are head dimensions.
+
+struct TiledAttention {
+    static constexpr int64_t AT_A_TIME = 256;  // slots
+    const Prompt& p;
+    const int64_t D = p.head_dim, group = p.heads / p.kv_heads, steps = D / 32, rows = D / 16;
+    std::vector<uint8_t> room;
+    std::vector<float> sums, most, total;  // of each sixteen tokens of a head: (D, 16), (16) and (16)
+    uint8_t *queries, *values, *weights, *last_keys;
+    explicit TiledAttention(const Prompt& prompt) : p(prompt) {}
+
+    // Slots of values, 32 at a time, as tiles of 16 head dimensions by 32 slots; those that are not there are 0.
+    void lay_out_values(const uint16_t* from, int64_t count) {
+        for (int64_t first = 0; first < count; first += 32)
+            for (int64_t d = 0; d < D; d += 16) {
+                Words v[16];
+#pragma GCC unroll 16
+                for (int k = 0; k < 16; k++) {
+                    const uint16_t* at = from + (first + 2 * k) * D + d;
+                    Words one = first + 2 * k < count ? __builtin_convertvector(load<Narrow>(at), Words) : Words{};
+                    Words next = first + 2 * k + 1 < count ? __builtin_convertvector(load<Narrow>(at + D), Words) : Words{};
+                    v[k] = one | next << 16;
+                }
+                transpose<8>(v);
+                std::memcpy(values + (first / 32 * rows + d / 16) * TILE, v, TILE);
+            }
+    }
+
+    // Sixteen tokens of a head, the first of which sees `seen` of `count` slots, and each one more than the last.
+    void meet(int64_t sixteen, const uint16_t* keys, int64_t seen, int64_t count) {
+        alignas(64) float scores[AT_A_TIME * 16];
+        const uint8_t* q = queries + sixteen * steps * TILE;
+        for (int64_t slot = 0; slot < count; slot += 16) {
+            const void* from = keys + slot * D;
+            if (slot + 16 > count) from = std::memcpy(last_keys, from, 2 * D * (count - slot));
+            clear_tile<0>();
+            for (int64_t s = 0; s < steps; s++) {
+                load_tile<4>(static_cast<const uint8_t*>(from) + s * 64, 2 * D), load_tile<6>(q + s * TILE, 64);
+                multiply_bfloat16<0, 4, 6>();
+            }
+            store_tile<0>(scores + slot * 16, 64);
+        }
+        const Floats zero = {}, never = zero + NEVER, before = load<Floats>(&most[sixteen * 16]);
+        const float scale = 1 / std::sqrt(float(D));
+        Ints ends;  // which slots a token doesn't see any more
+        for (int lane = 0; lane < LANES; lane++) ends[lane] = int32_t(seen + lane);
+        auto score = [&](int64_t slot) {
+            Floats here = load<Floats>(scores + slot * 16) * scale;
+            return slot < seen ? here : ends > int32_t(slot) ? here : never;
+        };
+        Floats highest = before, added = {};
+        for (int64_t slot = 0; slot < count; slot++) {
+            Floats here = score(slot);
+            highest = here > highest ? here : highest;
+        }
+        for (int64_t slot = 0; slot < (count + 31) / 32 * 32; slot += 2) {
+            Floats two[2] = {};
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++)
+                if (slot + i < count) {
+                    Floats here = score(slot + i), weight = exponential(here - highest);
+                    added += two[i] = slot + i < seen ? weight : ends > int32_t(slot + i) ? weight : zero;
+                }
+            Words pair = narrowed(two[0]) | narrowed(two[1]) << 16;
+            std::memcpy(weights + slot * 32, &pair, 64);
+        }
+        float* sum = &sums[sixteen * D * 16];
+        if (std::memcmp(&before, &highest, sizeof before) != 0) {
+            const Floats fade = exponential(before - highest);
+            for (int64_t i = 0; i < D * 16; i += 16) store(sum + i, load<Floats>(sum + i) * fade);
+            store(&most[sixteen * 16], highest);
+            added += load<Floats>(&total[sixteen * 16]) * fade;
+        } else {
+            added += load<Floats>(&total[sixteen * 16]);
+        }
+        store(&total[sixteen * 16], added);
+        for (int64_t d = 0; d < rows; d += 2, sum += 512) {
+            load_tile<0>(sum, 64), load_tile<1>(sum + 256, 64);
+            for (int64_t slot = 0; slot < count; slot += 32) {
+                const uint8_t* v = values + (slot / 32 * rows + d) * TILE;
+                load_tile<6>(weights + slot * 32, 64), load_tile<4>(v, 64), load_tile<5>(v + TILE, 64);
+                multiply_bfloat16<0, 4, 6>(), multiply_bfloat16<1, 5, 6>();
+            }
+            store_tile<0>(sum, 64), store_tile<1>(sum + 256, 64);
+        }
+    }
+
+    // Tokens first to last of a row, by the query heads of a kv head.
+    void operator()(int64_t row, int64_t kv_head, int64_t first, int64_t last) {
+        const int64_t tokens = last - first, start = p.starts[row] + first, end = p.starts[row] + last;
+        const int64_t sixteens = (tokens + 15) / 16, all = group * sixteens;
+        room.resize((all * steps + AT_A_TIME / 32 * rows + AT_A_TIME / 32) * TILE + 32 * D + 64);
+        queries = room.data() + 64 - reinterpret_cast<uintptr_t>(room.data()) % 64;
+        values = queries + all * steps * TILE, weights = values + AT_A_TIME / 32 * rows * TILE;
+        last_keys = weights + AT_A_TIME / 32 * TILE;
+        sums.assign(all * D * 16, 0), most.assign(all * 16, NEVER), total.assign(all * 16, 0);
+        const auto* q = static_cast<const uint16_t*>(p.q) + row * p.q_row + kv_head * group * p.q_head + first * p.q_token;
+        for (int64_t i = 0; i < all; i++) {
+            const int64_t token = i % sixteens * 16;
+            lay_out<16>(reinterpret_cast<const uint8_t*>(q + i / sixteens * p.q_head + token * p.q_token), 2 * p.q_token, 2 * D,
+                        queries + i * steps * TILE, std::min<int64_t>(16, tokens - token));
+        }
+        const int64_t of_head = row * p.kv_row + kv_head * p.kv_head;
+        const auto* own_keys = static_cast<const uint16_t*>(p.keys) + of_head;
+        const auto* own_values = static_cast<const uint16_t*>(p.values) + of_head;
+        begin_tiles(Shapes());
+        for (int64_t slot = 0; slot < end; slot += AT_A_TIME) {
+            const int64_t there = std::min(AT_A_TIME, end - slot);
+            lay_out_values(own_values + slot * D, there);
+            for (int64_t i = 0; i < all; i++) {
+                const int64_t seen = start + i % sixteens * 16 + 1 - slot, count = std::min(there, seen + 15);
+                if (count > 0) meet(i, own_keys + slot * D, seen, count);
+            }
+        }
+        end_tiles();
+        for (int64_t i = 0; i < all; i++) {
+            const int64_t token = first + i % sixteens * 16, head = kv_head * group + i / sixteens;
+            for (int64_t d = 0; d < D; d += 16) {
+                Words v[16];
+#pragma GCC unroll 16
+                for (int k = 0; k < 16; k++) v[k] = Words(load<Floats>(&sums[(i * D + d + k) * 16]) / load<Floats>(&total[i * 16]));
+                transpose<8>(v);
+                for (int64_t j = 0; j < 16 && token + j < last; j++)
+                    put(static_cast<uint16_t*>(p.out) + ((row * p.tokens + token + j) * p.heads + head) * D + d, Floats(v[j]));
+            }
+        }
+    }
+};
+#endif
