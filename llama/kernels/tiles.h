@@ -457,9 +457,6 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
 constexpr int64_t TILE = 16 * 64;  // bytes
 constexpr int64_t DEEP = 8;       // tiles of a row of tiles, that stay
 
-template <class W>
-constexpr bool IN_BYTES = std::is_same<W, Int8Dynamic>::value;
-
 // 16 rows of a weight as tiles, one after the other; those that it doesn't have are 0.
 template <class W>
 void make_tiles(const Matrix& m, int64_t row, int64_t steps, uint8_t* tiles) {
@@ -510,7 +507,7 @@ inline float to_bytes(const uint16_t* x, int64_t count, uint8_t* bytes) {
 // x (n, C) of bfloat16, C whole steps, by a weight: to out (n, N).
 template <class W>
 void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out, int64_t threads) {
-    constexpr bool BYTES = IN_BYTES<W>;
+    constexpr bool BYTES = std::is_same<W, Int8Dynamic>::value, SCALED = BYTES || std::is_same<W, Int8>::value;
     const int64_t row_bytes = m.columns * (BYTES ? 1 : 2), steps = row_bytes / 64, panels = (n + 31) / 32 * 2;
     const int64_t block = std::clamp<int64_t>((1 << 20) / row_bytes / 32 * 32, 32, 128), blocks = (m.rows + block - 1) / block;
     static thread_local std::vector<float> room, units;
@@ -521,7 +518,7 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<uint8_t> tiles, bytes;
-        alignas(64) float sums[128 * 32];
+        alignas(64) float sums[128 * 32], scales[128];
         tiles.resize(block / 16 * steps * TILE + 64);
         uint8_t* weights = tiles.data() + 64 - reinterpret_cast<uintptr_t>(tiles.data()) % 64;
 #pragma omp for schedule(static)
@@ -541,6 +538,8 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
         for (int64_t number = 0; number < blocks; number++) {
             const int64_t first = number * block, rows = (std::min(block, m.rows - first) + 31) / 32 * 32;
             for (int64_t r = 0; r < rows; r += 16) make_tiles<W>(m, first + r, steps, weights + r / 16 * steps * TILE);
+            if constexpr (SCALED)
+                for (int64_t r = 0; r < rows; r++) scales[r] = first + r < m.rows ? W::finish(m, first + r, 1) : 0;
             for (int64_t panel = 0; panel < panels; panel += 2) {
                 for (int64_t deep = 0; deep < steps; deep += DEEP) {
                     const int64_t end = std::min(steps, deep + DEEP);
@@ -565,19 +564,17 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
                 }
                 for (int64_t r = 0; r < rows; r += 16)
                     for (int64_t half = 0; half < 2; half++) {
-                        const int64_t token = (panel + half) * 16, row = first + r, count = std::min<int64_t>(16, m.rows - row);
-                        const float* made = sums + r * 32 + half * 256;
+                        const int64_t token = (panel + half) * 16, row = first + r;
                         Words v[16];
 #pragma GCC unroll 16
-                        for (int i = 0; i < 16; i++) v[i] = load<Words>(made + i * 16);
+                        for (int i = 0; i < 16; i++) v[i] = load<Words>(sums + r * 32 + half * 256 + i * 16);
                         transpose<8>(v);
-                        float scales[16] = {};
-                        for (int64_t i = 0; i < count; i++) scales[i] = W::finish(m, row + i, 1);
                         for (int64_t j = 0; j < 16 && token + j < n; j++) {
                             Floats total = BYTES ? __builtin_convertvector(Ints(v[j]), Floats) * ones[token + j] : Floats(v[j]);
-                            uint16_t narrowed[16];
-                            put(narrowed, total * load<Floats>(scales));
-                            std::memcpy(out + (token + j) * m.rows + row, narrowed, 2 * std::max<int64_t>(0, count));
+                            if constexpr (SCALED) total *= load<Floats>(scales + r);
+                            uint16_t *to = out + (token + j) * m.rows + row, some[16];
+                            if (row + 16 <= m.rows) put(to, total);
+                            else put(some, total), std::copy(some, some + std::max<int64_t>(0, m.rows - row), to);
                         }
                     }
             }
