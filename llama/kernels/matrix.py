@@ -70,7 +70,7 @@ class Matrix:
 
     def _many(self, rows: Tensor) -> Tensor:
         assert self.codes is not None
-        if self.kind != FLOAT32 and self.shape[1] % 64 == 0 and library.load().has_tiles():
+        if self.kind != FLOAT32 and self.shape[1] % 64 == 0 and multiplies_tiles():
             return self._many_by_tiles(rows)
         if self.kind == INT8_DYNAMIC:
             return self._many_of_bytes(rows)
@@ -123,6 +123,11 @@ def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies matrices in bfloat16 quicker than in float32."""
     features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in features)
+
+
+def multiplies_tiles() -> bool:
+    """Whether the kernels multiply matrix tiles (AMX), which prompts are quickest by, whatever the weight's kind."""
+    return multiplies_bfloat16() and multiplies_bytes() and bool(library.load().has_tiles())
 
 
 @cache

@@ -4,14 +4,13 @@
 // of bytes, by as much of up to 16 vectors: what 128 instructions on vectors do, in the time of some sixteen. So a few
 // vectors take as long as one, which is as long as memory takes.
 //
-// A weight's rows are the rows of a tile, read where they lie (16 and 8 bits) or, 4 bits, from where they are made bytes.
+// A weight's rows are the rows of a tile, read where they lie.
 // The vectors are laid out once (`lay_out`), as the instruction wants its second factor: a tile's row has of each vector one
-// word, 2 or 4 neighbours. Whole numbers of 16 bits are two bytes, so such a vector has two words in each row, and nf4's
-// levels, of 13 bits, make two tiles.
+// word, 2 or 4 neighbours. Whole numbers of 16 bits are two bytes, so such a vector has two words in each row.
 
 #if defined(EMULATED_TILES)  // to test what is made of the instructions where there are none
 #define HAS_TILES
-#elif LANES == 16 && defined(MULTIPLIES_BFLOAT16) && defined(MULTIPLIES_BYTES) && defined(__AMX_TILE__) && \
+#elif !defined(NO_TILES) && LANES == 16 && defined(MULTIPLIES_BFLOAT16) && defined(MULTIPLIES_BYTES) && defined(__AMX_TILE__) && \
     defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define HAS_TILES
 #include <sys/syscall.h>
@@ -21,17 +20,14 @@
 #ifdef HAS_TILES
 static_assert(LANES == 16, "a tile has rows of 16 words");
 
-// Tiles by number: 0 and 1 are sums, 2 and 3 are of weights, 4 and 5 of vectors.
 struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
     Shapes() { std::fill(row_bytes, row_bytes + 8, uint16_t(64)), std::fill(rows, rows + 8, uint8_t(16)); }
-    // Of `rows` rows of a weight, `bytes` of each at a time, and `words` of vectors.
-    Shapes(int64_t weights, int64_t bytes, int64_t words) {
-        auto set = [&](int tile, int64_t n, int64_t size) { rows[tile] = uint8_t(n), row_bytes[tile] = uint16_t(size); };
-        for (int i = 0; i < 2; i++)
-            set(i, weights, 4 * words), set(2 + i, weights, bytes), set(4 + i, bytes / 4, 4 * words);
+    // For sums, in tile 0, of some rows of a weight, in tile 1, by vectors of so many words a row, in tile 2.
+    Shapes(int64_t weights, int64_t words) : Shapes() {
+        rows[0] = rows[1] = uint8_t(weights), row_bytes[0] = row_bytes[2] = uint16_t(4 * words);
     }
 };
 
@@ -120,85 +116,40 @@ inline void transpose(Words (&v)[16]) {  // 16 x 16 words: blocks of H, of H / 2
     if constexpr (H > 1) transpose<H / 2>(v);
 }
 
-// How a kind of weight lies in tiles: COLUMNS of it at a time, with PARTS words of a vector to each four bytes of a row, in
-// PLANES tiles of their own. STEP columns have the vectors' words together.
+// How a kind of weight meets vectors in tiles: in bfloat16, or in bytes, where a vector's whole numbers of 16 bits are PARTS,
+// their upper and their lower bytes. Not where it would have to be made such first: 4 bits are quicker as they are.
 template <class W>
 struct Tiled {
     static constexpr bool HERE = false;
 };
 template <>
 struct Tiled<Bfloat16Pairs> {
-    static constexpr bool HERE = true;
-    static constexpr int STEP = 32, COLUMNS = 32, PARTS = 1, PLANES = 1, LIMIT = 0;
+    static constexpr bool HERE = true, BYTES = false;
+    static constexpr int COLUMNS = 32, PARTS = 1;
 };
 template <>
 struct Tiled<Int8> {
-    static constexpr bool HERE = true;
-    static constexpr int STEP = 64, COLUMNS = 64, PARTS = 2, PLANES = 1, LIMIT = 127 * 256 + 127;
-    static constexpr float UNIT = 1;
-    static int column(int place) { return place; }
+    static constexpr bool HERE = true, BYTES = true;
+    static constexpr int COLUMNS = 64, PARTS = 2;
 };
 template <>
 struct Tiled<Int8Dynamic> : Tiled<Int8> {
-    static constexpr int PARTS = 1, LIMIT = 127;
-};
-template <int GROUP>
-struct TiledFours {  // of 32 bytes: the lower halves of the first 16, the upper ones of these, and so the others
-    static constexpr bool HERE = true;
-    static constexpr int STEP = 64, COLUMNS = GROUP < 64 ? GROUP : 64, PARTS = 2, LIMIT = 127 * 256 + 127;
-    static int column(int place) { return place / 32 * 32 + place % 16 * 2 + (place / 16 + 1) % 2; }
-    static Bytes codes(const uint8_t* at) {
-        typedef uint64_t Longs __attribute__((vector_size(64)));
-#ifdef __AVX512F__
-        Words words = Words(_mm512_broadcast_i64x4(load<__m256i>(at)));
-#else
-        Words words = {};
-        std::memcpy(&words, at, 32);
-#endif
-        words = pick<0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7>(words, words);
-        return Bytes(Longs(words) >> Longs{0, 0, 4, 4, 0, 0, 4, 4}) & uint8_t(15);
-    }
-};
-template <int GROUP>
-struct Tiled<Int4<GROUP>> : TiledFours<GROUP> {
-    static constexpr int PLANES = 1;
-    static constexpr float UNIT = 1;
-    static void make_bytes(const uint8_t* from, uint8_t* to, int64_t) {
-        Bytes bytes = TiledFours<GROUP>::codes(from) - uint8_t(8);
-        std::memcpy(to, &bytes, 64);
-    }
-};
-struct SignedLevels {  // nf4's as two bytes, both with a sign
-    uint8_t lower[16] = {}, upper[16] = {};
-    constexpr SignedLevels() {
-        for (int i = 0; i < 16; i++) lower[i] = LEVELS.lower[i], upper[i] = uint8_t(LEVELS.upper[i] + (LEVELS.lower[i] > 127));
-    }
-};
-constexpr SignedLevels SIGNED_LEVELS;
-template <int GROUP>
-struct Tiled<Nf4<GROUP>> : TiledFours<GROUP> {
-    static constexpr int PLANES = 2;
-    static constexpr float UNIT = Nf4<GROUP>::UNIT;
-    static void make_bytes(const uint8_t* from, uint8_t* to, int64_t plane) {
-        Bytes codes = TiledFours<GROUP>::codes(from);
-        Bytes upper = look_up(SIGNED_LEVELS.upper, codes), lower = look_up(SIGNED_LEVELS.lower, codes);
-        std::memcpy(to, &upper, 64), std::memcpy(to + plane, &lower, 64);
-    }
+    static constexpr int PARTS = 1;
 };
 
-// Vectors laid out for tiles, all in the same room: Q words of each row. Steps of weights, steps of groups' sums, and for
-// each SHARED columns what a 1 of each of the Q is, in all lanes by their number.
+constexpr int64_t TILE = 16 * 64;  // bytes
+
+// Vectors laid out for tiles: Q words of each row, and for each SHARED columns what a 1 of each of the Q is, in all lanes by
+// their number.
 template <class W>
 struct Panel {
     using K = Tiled<W>;
-    static constexpr bool WHOLE = !std::is_same<W, Bfloat16Pairs>::value;
     static constexpr int MOST = 16 / K::PARTS;  // vectors
-    int64_t steps, columns, sums, units, bytes;  // `columns` are those in whole steps; where the others begin, in bytes
+    int64_t columns, units, bytes;              // `columns` are those in whole steps; where `units` begin, and all end
     Panel(const Matrix& m, int64_t Q) {
-        steps = m.columns / K::STEP, columns = steps * K::STEP;
-        sums = steps * 64 * Q;
-        units = sums + (W::OFFSET ? (m.columns / m.group + 31) / 32 * 64 * Q : 0);
-        bytes = units + (WHOLE ? (columns + SHARED - 1) / SHARED * 64 : 0);
+        columns = m.columns / K::COLUMNS * K::COLUMNS;
+        units = columns / K::COLUMNS * 64 * Q;
+        bytes = units + (K::BYTES ? (columns + SHARED - 1) / SHARED * 64 : 0);
     }
 };
 
@@ -223,72 +174,33 @@ void place_in_tiles(const Matrix& m, const float* x, int64_t count, uint8_t* pan
     using K = Tiled<W>;
     constexpr int EACH = Q / K::PARTS;
     const Panel<W> p(m, Q);
-    const int64_t stride = p.steps * 64 + 64, groups = W::OFFSET ? (m.columns / m.group + 31) / 32 * 64 : 0;
+    const int64_t bytes = p.columns / K::COLUMNS * 64, stride = bytes + 64;
     static thread_local std::vector<uint8_t> room;
-    room.assign(Q * (stride + groups), 0);
-    uint8_t *rows = room.data(), *sums = rows + Q * stride;
+    room.assign(Q * stride, 0);
     auto* units = reinterpret_cast<float*>(panel + p.units);
     for (int64_t j = 0; j < count; j++, x += m.columns) {
-        uint8_t *upper = rows + j * stride, *lower = rows + (j + EACH) * stride;
-        if constexpr (!Panel<W>::WHOLE) {
-            for (int64_t c = 0; c < p.columns; c += LANES) put(reinterpret_cast<uint16_t*>(upper) + c, load<Floats>(x + c));
-        } else {
+        uint8_t* upper = room.data() + j * stride;
+        if constexpr (K::BYTES) {
+            uint8_t* lower = upper + EACH * stride;
             int32_t numbers[SHARED];
-            for (int64_t first = 0; first < p.columns; first += SHARED) {
+            for (int64_t first = 0; first < p.columns; first += SHARED, units += LANES) {
                 const int64_t shared = std::min(SHARED, p.columns - first);
-                const float unit = round_together(x + first, shared, K::LIMIT, numbers);
+                const float unit = round_together(x + first, shared, W::LIMIT, numbers);
                 for (int lane = 0; lane < LANES; lane++)
-                    if (lane % EACH == j)
-                        units[first / SHARED * LANES + lane] = unit * K::UNIT * (K::PARTS == 1 || lane % Q >= EACH ? 1 : 256);
-                for (int64_t step = 0; step < shared; step += 64) {
-                    int16_t in_order[64];
-#pragma GCC unroll 4
-                    for (int i = 0; i < 64; i++) in_order[i] = int16_t(numbers[step + K::column(i)]);
-                    for (int i = 0; i < 64; i++) {
-                        if (K::PARTS == 1) upper[first + step + i] = uint8_t(in_order[i]);
-                        else {
-                            upper[first + step + i] = uint8_t((in_order[i] + 128) >> 8);
-                            lower[first + step + i] = uint8_t(in_order[i]);
-                        }
-                    }
+                    if (lane % EACH == j) units[lane] = unit * (K::PARTS == 1 || lane % Q >= EACH ? 1 : 256);
+                if constexpr (K::PARTS == 1) {
+                    for (int64_t i = 0; i < shared; i++) upper[first + i] = uint8_t(numbers[i]);
+                } else {
+                    for (int64_t i = 0; i < shared; i++) lower[first + i] = uint8_t(numbers[i]);
+                    for (int64_t i = 0; i < shared; i++) upper[first + i] = uint8_t((numbers[i] + 128) >> 8);
                 }
-                if constexpr (W::OFFSET)  // a sum in two parts as well, of bfloat16
-                    for (int64_t group = 0; group < shared; group += m.group) {
-                        int32_t total = 0;
-                        for (int64_t i = group; i < group + m.group; i++) total += int16_t(numbers[i]);
-                        const float sum = unit * float(total);
-                        const uint16_t most = narrow(sum), rest = narrow(sum - widen(most));
-                        const int64_t at = (first + group) / m.group * 2;
-                        std::memcpy(sums + j * groups + at, &most, 2), std::memcpy(sums + (j + EACH) * groups + at, &rest, 2);
-                    }
             }
+            units -= (p.columns + SHARED - 1) / SHARED * LANES;
+        } else {
+            for (int64_t c = 0; c < p.columns; c += LANES) put(reinterpret_cast<uint16_t*>(upper) + c, load<Floats>(x + c));
         }
     }
-    lay_out<Q>(rows, stride, p.steps * 64, panel);
-    if constexpr (W::OFFSET) lay_out<Q>(sums, groups, groups, panel + p.sums);
-}
-
-// Of 16 rows, those of the lanes of one of Q vectors: each row's number Q times.
-template <int Q, int... LANE>
-inline Floats each_row(Floats of_rows, int z, std::integer_sequence<int, LANE...>) {
-    const Words number = {(LANE / Q)...};
-#ifdef __clang__
-    Floats out;
-    for (int i = 0; i < LANES; i++) out[i] = of_rows[number[i] + z * (LANES / Q)];
-    return out;
-#else
-    return __builtin_shuffle(of_rows, Ints(number + uint32_t(z * (LANES / Q))));
-#endif
-}
-
-// Some numbers of bfloat16 of each of `count` rows, `stride` apart, to pairs of columns by row: (32, 16).
-inline void by_column(const uint16_t* rows, int64_t stride, int64_t count, int64_t numbers, float* out) {
-    Words v[16] = {};
-    for (int r = 0; r < count; r++)
-        if (numbers >= 32) v[r] = load<Words>(rows + r * stride);
-        else std::memcpy(&v[r], rows + r * stride, 2 * numbers);
-    transpose<8>(v);
-    for (int k = 0; k < 16; k++) store(out + 2 * k * 16, Floats(v[k] << 16)), store(out + 2 * k * 16 + 16, Floats(v[k] & 0xffff0000u));
+    lay_out<Q>(room.data(), stride, bytes, panel);
 }
 
 // `count` rows, sixteen at most and `gap` apart, times a panel: 16 x Q sums, but for columns that no step has.
@@ -296,97 +208,33 @@ template <class W, int Q>
 void multiply_tile(const Matrix& m, int64_t row, int64_t gap, int64_t count, const uint8_t* panel, float* out) {
     using K = Tiled<W>;
     const Panel<W> p(m, Q);
-    const int64_t size = W::bytes(m.columns), stride = gap * size;
-    const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * size;
-    const auto* units = reinterpret_cast<const float*>(panel + p.units);
-    if constexpr (!Panel<W>::WHOLE) {
-        clear_tile<0>();
-        for (int64_t s = 0; s < p.steps; s++) {
-            load_tile<4>(panel + s * 64 * Q, 4 * Q);
-            load_tile<2>(codes + s * 64, stride);
-            multiply_bfloat16<0, 2, 4>();
-        }
-        store_tile<0>(out, 4 * Q);
-    } else {
+    const int64_t stride = gap * W::bytes(m.columns);
+    const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * W::bytes(m.columns);
+    if constexpr (K::BYTES) {
+        const auto* units = reinterpret_cast<const float*>(panel + p.units);
         Floats sums[Q] = {};
-        auto add = [&](Floats (&to)[Q], const int32_t* made, auto factor) {  // times what there is to each
+        for (int64_t first = 0; first < p.columns; first += SHARED, units += LANES) {
+            alignas(64) int32_t made[16 * Q];
+            clear_tile<0>();
+            for (int64_t c = first; c < std::min(p.columns, first + SHARED); c += 64) {
+                load_tile<2>(panel + c * Q, 4 * Q), load_tile<1>(codes + c, stride);
+                multiply_bytes<0, 1, 2>();
+            }
+            store_tile<0>(made, 4 * Q);
 #pragma GCC unroll 16
             for (int z = 0; z < Q; z++) {
-                Ints number = load<Ints>(made + z * LANES);
-                if constexpr (K::PLANES == 2) number = (number << 8) + load<Ints>(made + (Q + z) * LANES);
-                to[z] = add_product(to[z], factor(z), __builtin_convertvector(number, Floats));
-            }
-        };
-        if constexpr (!W::GROUPED) {
-            for (int64_t first = 0; first < p.columns; first += SHARED, units += LANES) {
-                alignas(64) int32_t made[16 * Q];
-                clear_tile<0>();
-                for (int64_t c = first; c < std::min(p.columns, first + SHARED); c += K::COLUMNS) {
-                    load_tile<4>(panel + c * Q, 4 * Q);
-                    load_tile<2>(codes + c, stride);
-                    multiply_bytes<0, 2, 4>();
-                }
-                store_tile<0>(made, 4 * Q);
-                add(sums, made, [&](int) { return load<Floats>(units); });
-            }
-        } else {
-            static thread_local std::vector<float> room;
-            const int64_t groups = m.columns / m.group, whole = (groups + 31) / 32 * 32;
-            at_least(room, 16 * whole);
-            float* scales = room.data();
-            for (int64_t g = 0; g < groups; g += 32)
-                by_column(m.scale + row * groups + g, gap * groups, count, groups - g, scales + 16 * g);
-            if constexpr (W::OFFSET) {  // the groups' sums, by what their weights have in common
-                static thread_local std::vector<uint16_t> zeros;
-                zeros.assign(16 * whole, 0);
-                for (int64_t r = 0; r < count; r++) std::copy_n(m.zero + (row + r * gap) * groups, groups, zeros.data() + r * whole);
-                clear_tile<0>();
-                for (int64_t at = 0; at < 2 * whole; at += K::COLUMNS) {
-                    load_tile<4>(panel + p.sums + at * Q, 4 * Q);
-                    load_tile<2>(zeros.data() + at / 2, 2 * whole);
-                    multiply_bfloat16<0, 2, 4>();
-                }
-                store_tile<0>(sums, 4 * Q);
-            }
-            // Some columns are made bytes, then multiplied, then added up: what is written is in place when it is read.
-            constexpr int64_t SOME = 512, WIDTH = SOME + 64;
-            alignas(64) static thread_local uint8_t bytes[K::PLANES * 16 * WIDTH];
-            alignas(64) static thread_local int32_t made[SOME / 32 * K::PLANES * 16 * Q];
-            uint8_t* to = bytes;
-            int32_t* of_groups = made;
-            for (int64_t first = 0; first < p.columns; first += SHARED, units += LANES) {
-                Floats part[Q] = {};
-                const int64_t last = std::min(p.columns, first + SHARED);
-                for (int64_t some = first; some < last; some += SOME) {
-                    const int64_t columns = std::min(SOME, last - some);
-                    for (int64_t r = 0; r < count; r++)
-                        for (int64_t c = 0; c < columns; c += 64)
-                            K::make_bytes(codes + r * stride + (some + c) / 2, to + r * WIDTH + c, 16 * WIDTH);
-                    int32_t* sum = of_groups;
-                    for (int64_t c = 0; c < columns; c += K::COLUMNS) {
-                        if (c % m.group == 0) {
-                            clear_tile<0>();
-                            if constexpr (K::PLANES == 2) clear_tile<1>();
-                        }
-                        load_tile<4>(panel + (some + c) * Q, 4 * Q);
-                        load_tile<2>(to + c, WIDTH);
-                        multiply_bytes<0, 2, 4>();
-                        if constexpr (K::PLANES == 2) load_tile<3>(to + 16 * WIDTH + c, WIDTH), multiply_bytes<1, 3, 4>();
-                        if ((c + K::COLUMNS) % m.group) continue;
-                        store_tile<0>(sum, 4 * Q), sum += 16 * Q;
-                        if constexpr (K::PLANES == 2) store_tile<1>(sum, 4 * Q), sum += 16 * Q;
-                    }
-                    const float* scale = scales + some / m.group * 16;
-                    for (const int32_t* from = of_groups; from < sum; from += K::PLANES * 16 * Q, scale += 16)
-                        add(part, from, [&](int z) {
-                            if constexpr (Q == 16) return Floats{} + scale[z];
-                            else return each_row<Q>(load<Floats>(scale), z, std::make_integer_sequence<int, LANES>{});
-                        });
-                }
-                for (int z = 0; z < Q; z++) sums[z] = add_product(sums[z], load<Floats>(units), part[z]);
+                Floats number = __builtin_convertvector(load<Ints>(made + z * LANES), Floats);
+                sums[z] = add_product(sums[z], load<Floats>(units), number);
             }
         }
         std::memcpy(out, sums, sizeof sums);
+    } else {
+        clear_tile<0>();
+        for (int64_t c = 0; c < p.columns; c += 32) {
+            load_tile<2>(panel + 2 * c * Q, 4 * Q), load_tile<1>(codes + 2 * c, stride);
+            multiply_bfloat16<0, 1, 2>();
+        }
+        store_tile<0>(out, 4 * Q);
     }
 }
 
@@ -412,18 +260,23 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
                 alignas(64) float made[16 * Q];
                 multiply_tile<W, Q>(m, row, gap, count, laid_out + i * p.bytes, made);
                 const int64_t first = first_of(i), vectors = first_of(i + 1) - first;
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t j = 0; j < vectors; j++) {
-                        float total = made[r * Q + j];
-                        if constexpr (K::PARTS == 2) total += made[r * Q + EACH + j];
-                        for (int64_t c = p.columns; c < m.columns; c++)
-                            total = std::fma(W::at(m, row + r * gap, c), x[(first + j) * m.columns + c], total);
-                        target(first + j, row + r * gap, W::finish(m, row + r * gap, total));
+                if (p.columns < m.columns)
+                    for (int64_t r = 0; r < count; r++)
+                        for (int64_t j = 0; j < vectors; j++)
+                            for (int64_t c = p.columns; c < m.columns; c++)
+                                made[r * Q + j] = std::fma(W::at(m, row + r * gap, c), x[(first + j) * m.columns + c], made[r * Q + j]);
+                for (int64_t r = 0; r < count; r++) {
+                    const float one = W::finish(m, row + r * gap, 1), *sums = made + r * Q;
+                    float* place = target.out + first * target.stride + row + r * gap;
+                    for (int64_t j = 0; j < vectors; j++, place += target.stride) {
+                        const float total = (K::PARTS == 2 ? sums[j] + sums[EACH + j] : sums[j]) * one;
+                        *place = target.add ? *place + total : total;
                     }
+                }
             }
         };
         const int64_t pieces = std::max<int64_t>(1, W::bytes(m.columns) * m.rows / me.count / PIECE);
-        begin_tiles(Shapes(16, K::COLUMNS * 64 / K::STEP, Q));
+        begin_tiles(Shapes(16, Q));
         me.share_out(pieces, [&](int64_t whose, int64_t i) {
             int64_t row, last;
             me.share(m.rows / int64_t(parts.size()), whose, row, last);
@@ -431,10 +284,10 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
             const int64_t first = row + 16 * from, rest = i == pieces - 1 ? (last - row) % 16 : 0;
             for (const Part& part : parts)
                 for (int64_t at = first; at < first + gap; at++) make(part.first + at, gap, 16, part.target);
-            if (rest) begin_tiles(Shapes(rest, K::COLUMNS * 64 / K::STEP, Q));
+            if (rest) begin_tiles(Shapes(rest, Q));
             for (const Part& part : parts)
                 if (rest) make(part.first + last - rest, 1, rest, part.target);
-            if (rest) begin_tiles(Shapes(16, K::COLUMNS * 64 / K::STEP, Q));
+            if (rest) begin_tiles(Shapes(16, Q));
             done(first, first + 16 * gap + rest);
         });
         end_tiles();
@@ -454,53 +307,78 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
 // tiles that lie together, and meet 32 vectors at a time: four products for four tiles that are read. Of the vectors some
 // columns stay in the first cache while all rows of a block go over them.
 
-constexpr int64_t TILE = 16 * 64;  // bytes
-constexpr int64_t DEEP = 8;       // tiles of a row of tiles, that stay
+constexpr int64_t DEEP = 8;  // tiles of a row of tiles, that stay
 
-// 16 rows of a weight as tiles, one after the other; those that it doesn't have are 0.
+// Sixteen bytes, each as a word. (GCC 12 takes them one by one where it is asked to convert the vector.)
+template <class Byte>
+inline Ints widen_bytes(const uint8_t* from) {
+#ifdef __AVX512F__
+    auto bytes = load<__m128i>(from);
+    return Ints(std::is_signed<Byte>::value ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#else
+    Ints words;
+    for (int i = 0; i < LANES; i++) words[i] = Byte(from[i]);
+    return words;
+#endif
+}
+
+// Of 4 bits, 32 columns of a group: each group's values are few.
 template <class W>
-void make_tiles(const Matrix& m, int64_t row, int64_t steps, uint8_t* tiles) {
-    static thread_local std::vector<uint16_t> decoded;
-    for (int64_t r = 0; r < 16; r++) {
-        const auto* codes = static_cast<const uint8_t*>(m.codes) + (row + r) * W::bytes(m.columns);
-        uint8_t* to = tiles + r * 64;
-        if (row + r >= m.rows) {
-            for (int64_t s = 0; s < steps; s++) std::memset(to + s * TILE, 0, 64);
-            continue;
+inline void decode_part(const uint8_t* pairs, float scale, float zero, uint8_t* to) {
+    Floats values;
+    if constexpr (W::OFFSET) {
+        const Floats codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        values = add_product(Floats{} + zero, codes, Floats{} + scale);
+    } else {
+        values = load<Floats>(NORMAL) * scale;
+    }
+    Words both = Words(widen_bytes<uint8_t>(pairs));
+    both = (both >> 4 | both << 16) & 0x000f000fu;
+#if defined(MULTIPLIES_BFLOAT16) && !defined(EMULATED_TILES)
+    auto table = _mm512_castsi256_si512(__m256i(_mm512_cvtneps_pbh(__m512(values))));
+    both = Words(_mm512_permutexvar_epi16(__m512i(both), table));
+#else
+    for (int i = 0; i < LANES; i++) both[i] = narrow(values[both[i] & 15]) | uint32_t(narrow(values[both[i] >> 16])) << 16;
+#endif
+    std::memcpy(to, &both, 64);
+}
+
+// 16 rows of a weight as tiles, one after the other, of bfloat16 (int8-dynamic: of bytes). Rows that it doesn't have are 0.
+template <class W>
+void make_tiles(const Matrix& m, int64_t row, uint8_t* tiles) {
+    constexpr bool COPIED = std::is_same<W, Bfloat16Pairs>::value || std::is_same<W, Int8Dynamic>::value;
+    const int64_t steps = m.columns / (std::is_same<W, Int8Dynamic>::value ? 64 : 32);
+    for (int64_t r = 0; r < 16; r++, row++, tiles += 64) {
+        const auto* codes = static_cast<const uint8_t*>(m.codes) + row * W::bytes(m.columns);
+        if (row >= m.rows) {
+            for (int64_t s = 0; s < steps; s++) std::memset(tiles + s * TILE, 0, 64);
+        } else if constexpr (COPIED) {
+            for (int64_t s = 0; s < steps; s++) std::memcpy(tiles + s * TILE, codes + s * 64, 64);
+        } else if constexpr (std::is_same<W, Int8>::value) {
+            for (int64_t i = 0; i < 2 * steps; i++)
+                put(reinterpret_cast<uint16_t*>(tiles + i / 2 * TILE) + i % 2 * LANES,
+                    __builtin_convertvector(widen_bytes<int8_t>(codes + i * LANES), Floats));
+        } else {
+            const int64_t groups = m.columns / m.group, in_group = m.group / 32;
+            const uint16_t *scale = m.scale + row * groups, *zero = W::OFFSET ? m.zero + row * groups : scale;
+            for (int64_t s = 0; s < steps; scale++, zero++) {
+                const float one = widen(*scale);
+                float none = 0;
+                if constexpr (W::OFFSET) none = widen(*zero) - 8 * one;
+                for (int64_t end = s + in_group; s < end; s++, codes += 16) decode_part<W>(codes, one, none, tiles + s * TILE);
+            }
         }
-        if constexpr (std::is_same<W, Int8>::value) {
-            typedef int8_t Signed __attribute__((vector_size(LANES)));
-            for (int64_t s = 0; s < steps; s++)
-                for (int half = 0; half < 2; half++)
-                    put(reinterpret_cast<uint16_t*>(to + s * TILE) + half * LANES,
-                        __builtin_convertvector(load<Signed>(codes + s * 32 + half * LANES), Floats));
-            continue;
-        } else if constexpr (std::is_same<typename W::Numbers, Shorts>::value) {
-            decoded.resize(m.columns);
-            decode_row(W{}, m, row + r, decoded.data());
-            codes = reinterpret_cast<uint8_t*>(decoded.data());
-        }
-        for (int64_t s = 0; s < steps; s++) std::memcpy(to + s * TILE, codes + s * 64, 64);
     }
 }
 
 // Of bfloat16, a vector as bytes. Returns what a 1 is.
 inline float to_bytes(const uint16_t* x, int64_t count, uint8_t* bytes) {
-    Floats highest = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Words size = Words(widened(x + i)) & 0x7fffffffu;
-        highest = Words(highest) > size ? highest : Floats(size);
-    }
-    uint32_t most = 0;
-    for (int i = 0; i < LANES; i++) most = std::max(most, Words(highest)[i]);
-    if (most >= 0x7f800000) return std::memset(bytes, 0, count), std::nanf("");
-    const float unit = std::max(load<float>(&most) / 127, 0x1p-126f), units = 1 / unit;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its lower bits
-    typedef uint8_t Lowest __attribute__((vector_size(LANES)));
-    for (int64_t i = 0; i < count; i += LANES) {
-        Lowest byte = __builtin_convertvector(Words(widened(x + i) * units + magic), Lowest);
-        std::memcpy(bytes + i, &byte, LANES);
-    }
+    static thread_local std::vector<float> wide, numbers;
+    at_least(wide, count), at_least(numbers, count);
+    for (int64_t i = 0; i < count; i += LANES) store(wide.data() + i, widened(x + i));
+    auto* whole = reinterpret_cast<int32_t*>(numbers.data());
+    const float unit = round_together(wide.data(), count, Int8Dynamic::LIMIT, whole);
+    for (int64_t i = 0; i < count; i++) bytes[i] = uint8_t(whole[i]);
     return unit;
 }
 
@@ -537,7 +415,7 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < blocks; number++) {
             const int64_t first = number * block, rows = (std::min(block, m.rows - first) + 31) / 32 * 32;
-            for (int64_t r = 0; r < rows; r += 16) make_tiles<W>(m, first + r, steps, weights + r / 16 * steps * TILE);
+            for (int64_t r = 0; r < rows; r += 16) make_tiles<W>(m, first + r, weights + r / 16 * steps * TILE);
             if constexpr (SCALED)
                 for (int64_t r = 0; r < rows; r++) scales[r] = first + r < m.rows ? W::finish(m, first + r, 1) : 0;
             for (int64_t panel = 0; panel < panels; panel += 2) {

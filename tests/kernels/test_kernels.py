@@ -8,6 +8,7 @@ missing, fails, or makes something that multiplies wrongly.
 from __future__ import annotations
 
 import ctypes
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,16 +85,17 @@ def rounded_and_doubt(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     multiplies in bfloat16, to that. And by how much more each may be off, being half way between two of them."""
     wide, kernels = x.double(), library.load()
     doubt = torch.zeros_like(wide)
-    if kind == "bfloat16" and kernels.multiplies_bfloat16():
+    if kind == "bfloat16" and (kernels.multiplies_bfloat16() or kernels.has_tiles()):
         whole = x.shape[1] // (2 * kernels.lanes()) * (2 * kernels.lanes())
         wide[:, :whole] = x[:, :whole].bfloat16().double()
     elif kind.startswith(("int", "nf")):
         dynamic = kind == "int8-dynamic"
-        step = (4 if dynamic and kernels.multiplies_bytes() else 8) * kernels.lanes()
+        in_bytes = kernels.has_tiles() if kind == "int8" else dynamic and (kernels.multiplies_bytes() or kernels.has_tiles())
+        step = (4 if in_bytes else 8) * kernels.lanes()
         whole = x.shape[1] // step * step
         for first in range(0, whole, 2048):
             shared = x[:, first : min(first + 2048, whole)]
-            unit = shared.abs().amax(1, keepdim=True) / (127 if dynamic else 32767)
+            unit = shared.abs().amax(1, keepdim=True) / (127 if dynamic else 32639)
             numbers, here = shared.double() * (1 / unit), slice(first, first + shared.shape[1])
             wide[:, here] = numbers.round() * unit
             doubt[:, here] = ((numbers - numbers.round()).abs() > 0.4999) * unit
@@ -202,6 +204,39 @@ def test_many_vectors_are_multiplied_by_the_same_weight(
     assert loss < (1e-2 if kind == "int8-dynamic" else 5e-3 if in_bfloat16 and kind != "float32" else 1e-4)
 
 
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("shape", [(1, 64, 1), (33, 640, 70), (130, 2048, 31), (70, 8320, 33)], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
+def test_a_prompts_products_by_tiles(kind: str, shape: tuple[int, int, int]) -> None:
+    """Rests of blocks of rows, of tiles and of sixteen vectors; more columns than a block of 128 rows has room for."""
+    if not library.load().has_tiles():
+        pytest.skip("these kernels have no tiles: a prompt's products are PyTorch's")
+    N, C, n = shape
+    if KINDS[kind] == 128 and C == 64:
+        pytest.skip("columns are whole groups")
+    found, exact = weight(kind, N, C)
+    x = (torch.randn(n, C) * torch.logspace(-3, 3, n)[:, None]).bfloat16()
+    x[0, 3] *= 1e-30
+    right = x.double()
+    if kind == "int8-dynamic":
+        unit = right.abs().amax(1, keepdim=True) / 127
+        right = (right / unit).round() * unit
+    out, doubt = found._many_by_tiles(x).double(), 2**-8 * (right @ exact.T).abs()
+    if kind not in ("bfloat16", "int8", "int8-dynamic"):  # weights are rounded to bfloat16
+        doubt += 6 * 2**-9 * (right.square() @ exact.square().T).sqrt()
+    size = right.abs() @ exact.abs().T
+    if kind == "int8-dynamic":  # a number half way between two may go the other way
+        doubt += 2 * unit * exact.abs().amax(1)
+    assert ((out - right @ exact.T).abs() <= doubt + 3e-5 * size).all()
+    bad = x.clone()
+    bad[0, 7] = torch.nan
+    lost = ~found._many_by_tiles(bad).isfinite()
+    assert lost[0].all()
+    assert not lost[1:].any()
+    for few in {1, n // 2 or 1, n}:  # what comes of a vector does not depend on those beside it
+        assert torch.equal(found._many_by_tiles(x[:few]).double(), out[:few])
+
+
 def test_leading_dimensions_and_dtypes() -> None:
     found, exact = weight("bfloat16", 12, 64)
     x = torch.randn(2, 3, 64)
@@ -277,6 +312,8 @@ def test_kernels_that_are_wrong_are_not_used_and_not_kept(
     assert right in source
     spoiled = fresh.parent / "spoiled.cpp"
     spoiled.write_text(source.replace(right, wrong), encoding="utf-8")
+    for part in library.PARTS[1:]:
+        shutil.copy(part, fresh.parent)
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
     path = library._place()
     with monkeypatch.context() as patch:
