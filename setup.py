@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md", "train/packages.tsv", "kernels/*.cpp", "kernels/*.h"]},
+    package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md", "train/packages.tsv", "kernels/*.[ch]*"]},
     install_requires=[
         "torch>=2.6,<2.14",
         "sentencepiece>=0.2",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 
@@ -22,23 +24,33 @@ def own_way() -> str:
     return "tiles" if kernels.has_tiles() else f"{kernels.lanes()} lanes"
 
 
-def compiled_for(way: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+@pytest.fixture(scope="session")
+def compiled_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
     """What this processor doesn't have, a compiler makes of what it has, and tiles are emulated."""
-    if way == own_way():
-        return library.load()
-    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    library.build(path, (*WAYS[way], "-O1"))
-    made = library.opened(path)
-    assert made.lanes() == (16 if way == "tiles" else int(way.split()[0]))
-    assert bool(made.has_tiles()) == (way == "tiles")
-    return made
+
+    @cache
+    def compiled_for(way: str) -> ctypes.CDLL:
+        if way == own_way():
+            return library.load()
+        path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+        library.build(path, (*WAYS[way], "-O1"))
+        made = library.opened(path)
+        assert made.lanes() == (16 if way == "tiles" else int(way.split()[0]))
+        assert bool(made.has_tiles()) == (way == "tiles")
+        return made
+
+    return compiled_for
 
 
-@pytest.fixture(scope="session", params=WAYS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled_for(request.param, tmp_path_factory)
+@pytest.fixture(params=WAYS)
+def lanes(
+    request: pytest.FixtureRequest, compiled_for: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = compiled_for(request.param)
+    monkeypatch.setattr(library, "load", lambda: compiled)
 
 
 @pytest.fixture
-def lanes(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(compiled_for: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compiled_for("tiles")
     monkeypatch.setattr(library, "load", lambda: compiled)

@@ -90,7 +90,7 @@ def rounded_and_doubt(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         wide[:, :whole] = x[:, :whole].bfloat16().double()
     elif kind.startswith(("int", "nf")):
         dynamic = kind == "int8-dynamic"
-        in_bytes = kernels.has_tiles() if kind == "int8" else dynamic and (kernels.multiplies_bytes() or kernels.has_tiles())
+        in_bytes = (dynamic and kernels.multiplies_bytes()) or (kind.startswith("int8") and kernels.has_tiles())
         step = (4 if in_bytes else 8) * kernels.lanes()
         whole = x.shape[1] // step * step
         for first in range(0, whole, 2048):
@@ -204,16 +204,12 @@ def test_many_vectors_are_multiplied_by_the_same_weight(
     assert loss < (1e-2 if kind == "int8-dynamic" else 5e-3 if in_bfloat16 and kind != "float32" else 1e-4)
 
 
-@pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize("shape", [(1, 64, 1), (33, 640, 70), (130, 2048, 31), (70, 8320, 33)], ids=str)
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("shape", [(1, 128, 1), (33, 640, 70), (130, 2048, 31), (70, 8320, 33)], ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
 def test_a_prompts_products_by_tiles(kind: str, shape: tuple[int, int, int]) -> None:
     """Rests of blocks of rows, of tiles and of sixteen vectors; more columns than a block of 128 rows has room for."""
-    if not library.load().has_tiles():
-        pytest.skip("these kernels have no tiles: a prompt's products are PyTorch's")
     N, C, n = shape
-    if KINDS[kind] == 128 and C == 64:
-        pytest.skip("columns are whole groups")
     found, exact = weight(kind, N, C)
     x = (torch.randn(n, C) * torch.logspace(-3, 3, n)[:, None]).bfloat16()
     x[0, 3] *= 1e-30
