@@ -467,6 +467,19 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
 // queries are scores by slot and token, so that a softmax is made of whole vectors, and its weights, two slots in a word,
 // are the second factor for the values, which are turned so that their rows are head dimensions.
 
+// e^x as weights of bfloat16 need it, within 2^-14 of it; 0 where that is less than a float32 has.
+inline Floats rough_exponential(Floats x) {
+#if defined(__AVX512F__)
+    const __m512 power = _mm512_mul_ps(__m512(x), _mm512_set1_ps(1.44269504f)), whole = _mm512_roundscale_ps(power, 0);
+    const Floats r = Floats(_mm512_sub_ps(power, whole)), zero = {};  // -1/2 to 1/2
+    Floats p = add_product(zero + 0.2402265f, r, zero + 0.05550411f + r * 0.009618129f);  // 2^r by its series
+    p = add_product(zero + 1.0f, r, add_product(zero + 0.6931472f, r, p));
+    return Floats(_mm512_scalef_ps(__m512(p), whole));
+#else
+    return exponential(x);
+#endif
+}
+
 struct TiledAttention {
     static constexpr int64_t AT_A_TIME = 256;  // slots
     const Prompt& p;
@@ -525,7 +538,7 @@ struct TiledAttention {
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++)
                 if (slot + i < count) {
-                    Floats here = score(slot + i), weight = exponential(here - highest);
+                    Floats here = score(slot + i), weight = rough_exponential(here - highest);
                     added += two[i] = slot + i < seen ? weight : ends > int32_t(slot + i) ? weight : zero;
                 }
             Words pair = narrowed(two[0]) | narrowed(two[1]) << 16;
