@@ -307,7 +307,7 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
 // tiles that lie together, and meet 32 vectors at a time: four products for four tiles that are read. Of the vectors some
 // columns stay in the first cache while all rows of a block go over them.
 
-constexpr int64_t DEEP = 8;  // tiles of a row of tiles, that stay
+constexpr int64_t DEEP = 24;  // tiles of a row of tiles, that stay
 
 // Sixteen bytes, each as a word. (GCC 12 takes them one by one where it is asked to convert the vector.)
 template <class Byte>
@@ -418,17 +418,18 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
             for (int64_t r = 0; r < rows; r += 16) make_tiles<W>(m, first + r, weights + r / 16 * steps * TILE);
             if constexpr (SCALED)
                 for (int64_t r = 0; r < rows; r++) scales[r] = first + r < m.rows ? W::finish(m, first + r, 1) : 0;
+            const int64_t apart = steps * TILE, all = steps;  // not read anew at every step
             for (int64_t panel = 0; panel < panels; panel += 2) {
-                for (int64_t deep = 0; deep < steps; deep += DEEP) {
-                    const int64_t end = std::min(steps, deep + DEEP);
+                for (int64_t deep = 0; deep < all; deep += DEEP) {
+                    const int64_t size = std::min(DEEP, all - deep) * TILE;
                     for (int64_t r = 0; r < rows; r += 32) {
-                        const uint8_t *a = weights + r / 16 * steps * TILE, *b = laid_out + panel * steps * TILE;
+                        const uint8_t *a = weights + r / 16 * apart + deep * TILE, *b = laid_out + panel * apart + deep * TILE;
                         float* c = sums + r * 32;
                         if (deep == 0) clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
                         else load_tile<0>(c, 64), load_tile<1>(c + 256, 64), load_tile<2>(c + 512, 64), load_tile<3>(c + 768, 64);
-                        for (int64_t s = deep; s < end; s++) {
-                            load_tile<4>(a + s * TILE, 64), load_tile<6>(b + s * TILE, 64);
-                            load_tile<5>(a + (steps + s) * TILE, 64), load_tile<7>(b + (steps + s) * TILE, 64);
+                        for (int64_t at = 0; at < size; at += TILE) {
+                            load_tile<4>(a + at, 64), load_tile<6>(b + at, 64);
+                            load_tile<5>(a + apart + at, 64), load_tile<7>(b + apart + at, 64);
                             if constexpr (BYTES) {
                                 multiply_bytes<0, 4, 6>(), multiply_bytes<1, 4, 7>();
                                 multiply_bytes<2, 5, 6>(), multiply_bytes<3, 5, 7>();
