@@ -16,6 +16,8 @@ k = K·D of this rank, s = n·d·e (one stream), and w = 4 where e is 2, else 0 
 A cache in int8 (longcontext/int8_cache.py) has a scale of 2 bytes for each head and slot, and attention reads floats
 that are made of one layer's bytes at a time: 2·S·k·e more in the moment of attention.
 
+On a CPU with AMX a prompt's attention in bfloat16 has copies of keys and values besides, 2·S·q·e / T with q's heads.
+
 With grouped heads and several rows attention has q once more, and in decode, where each row has a mask of its own, the
 mask once more for each kv head.
 
@@ -154,6 +156,12 @@ def weight_bytes(args: ModelArgs, settings: Settings) -> int:
     return total
 
 
+def _attention_packs(settings: Settings) -> bool:
+    """Whether PyTorch's kernel copies keys and values, for every query head, into the order of matrix tiles (AMX)."""
+    tiles: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return settings.device == "cpu" and settings.dtype == torch.bfloat16 and tiles
+
+
 def activation_bytes(args: ModelArgs, settings: Settings, rows: int, T: int, S: int) -> int:
     """The peak within one layer for T new tokens of each row that see up to S slots: the formulas above."""
     ranks, e, D = settings.model_parallel_size, settings.dtype.itemsize, args.head_dim
@@ -169,11 +177,12 @@ def activation_bytes(args: ModelArgs, settings: Settings, rows: int, T: int, S: 
     attended = q * e * (1 + grouped + (grouped and rows > 1)) + copied_mask
     making_mask = 0 if square else mask_rows * T * S
     floats = 2 * rows * S * kv_heads * D * e if settings.kv_dtype == torch.int8 else 0
+    packed = 2 * rows * S * heads * D * e if T > 1 and _attention_packs(settings) else 0
     held = stream * (S > T > 1) + mask_rows * T * D * 4 + mask
     moments = (
         2 * stream + e * (2 * q + 2 * k) + k * (wide + 8),
         2 * stream + e * (q + 2 * k) + q * (wide + 8),
-        2 * stream + e * (q + 2 * k) + floats + max(attended, making_mask),
+        2 * stream + e * (q + 2 * k) + floats + max(attended + packed, making_mask),
         3 * stream + 3 * hidden * e,
         2 * stream + n * args.dim * (8 if e == 4 else 8 + 2 * e),
     )

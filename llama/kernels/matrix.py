@@ -2,9 +2,10 @@
 
 Up to FEW vectors at a time are multiplied in C++, straight from the weight's own bytes: nothing is packed, nothing is
 kept twice, and sums are in float32. 8 and 4 bits meet the vectors in 16, bfloat16 in bfloat16 where the processor
-multiplies in it. More, as a prompt has, are an ordinary matrix product of PyTorch's: in bfloat16 where the processor
-multiplies in it, else in float32, with as many rows of the weight at a time made wide as stay in a processor's cache.
-INT8_DYNAMIC is INT8 that meets vectors of 8 bits: in whole numbers, where the processor multiplies bytes.
+multiplies in it. More, as a prompt has, are multiplied by matrix tiles where the processor has them (AMX), and are else
+an ordinary matrix product of PyTorch's: in bfloat16 where the processor multiplies in it, else in float32, with as many
+rows of the weight at a time made wide as stay in a processor's cache. INT8_DYNAMIC is INT8 that meets vectors of 8
+bits: in whole numbers, where the processor multiplies bytes.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Matrix:
 
     def _many(self, rows: Tensor) -> Tensor:
         assert self.codes is not None
-        if self.kind != FLOAT32 and self.shape[1] % 64 == 0 and multiplies_tiles():
+        halves = self.kind != FLOAT32 and (self.kind != INT8_DYNAMIC or rows.dtype == torch.bfloat16)
+        if halves and self.shape[1] % 64 == 0 and multiplies_tiles():
             return self._many_by_tiles(rows)
         if self.kind == INT8_DYNAMIC:
             return self._many_of_bytes(rows)

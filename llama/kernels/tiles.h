@@ -1,12 +1,12 @@
 // Products by matrix tiles, where a processor has them (AMX of x86). A part of kernels.cpp.
 //
 // A tile is a register of 16 rows of 64 bytes. One instruction multiplies 16 rows of a weight, 32 columns of bfloat16 or 64
-// of bytes, by as much of up to 16 vectors: what 128 instructions on vectors do, in the time of some sixteen. So a few
+// of bytes, by as much of up to 16 vectors: what 256 instructions on vectors do, in the time of some sixteen. So a few
 // vectors take as long as one, which is as long as memory takes.
 //
-// A weight's rows are the rows of a tile, read where they lie.
-// The vectors are laid out once (`lay_out`), as the instruction wants its second factor: a tile's row has of each vector one
-// word, 2 or 4 neighbours. Whole numbers of 16 bits are two bytes, so such a vector has two words in each row.
+// A weight's rows are the rows of a tile, read where they lie. The vectors are laid out once (`lay_out`), as the instruction
+// wants its second factor: a tile's row has of each vector one word, 2 or 4 neighbours. Whole numbers of 16 bits are two
+// bytes, so such a vector has two words in each row.
 
 #if defined(EMULATED_TILES)  // to test what is made of the instructions where there are none
 #define HAS_TILES
@@ -139,6 +139,12 @@ struct Tiled<Int8Dynamic> : Tiled<Int8> {
 
 constexpr int64_t TILE = 16 * 64;  // bytes
 
+// Room that begins where a line of the cache does, and only grows.
+inline uint8_t* lines(std::vector<uint8_t>& room, int64_t bytes) {
+    if (int64_t(room.size()) < bytes + 64) room.resize(bytes + 64);
+    return room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64);
+}
+
 // Vectors laid out for tiles: Q words of each row, and for each SHARED columns what a 1 of each of the Q is, in all lanes by
 // their number.
 template <class W>
@@ -246,10 +252,8 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
     auto go = [&](auto words) {
         constexpr int Q = words, EACH = Q / K::PARTS;
         const Panel<W> p(m, Q);
-        static thread_local std::vector<float> room;
-        at_least(room, panels * p.bytes / 4 + 16);
-        auto* laid_out = reinterpret_cast<uint8_t*>(room.data());
-        laid_out += 64 - reinterpret_cast<uintptr_t>(laid_out) % 64;
+        static thread_local std::vector<uint8_t> room;
+        uint8_t* laid_out = lines(room, panels * p.bytes);
         auto first_of = [&](int64_t panel) { return panel * each + std::min(panel, more); };
         for (int64_t i = 0; i < panels; i++) {
             const int64_t first = first_of(i);
@@ -388,26 +392,25 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
     constexpr bool BYTES = std::is_same<W, Int8Dynamic>::value, SCALED = BYTES || std::is_same<W, Int8>::value;
     const int64_t row_bytes = m.columns * (BYTES ? 1 : 2), steps = row_bytes / 64, panels = (n + 31) / 32 * 2;
     const int64_t block = std::clamp<int64_t>((1 << 20) / row_bytes / 32 * 32, 32, 128), blocks = (m.rows + block - 1) / block;
-    static thread_local std::vector<float> room, units;
-    at_least(room, (panels * steps * TILE + 64) / 4), at_least(units, panels * 16);
-    auto* laid_out = reinterpret_cast<uint8_t*>(room.data());
-    laid_out += 64 - reinterpret_cast<uintptr_t>(laid_out) % 64;
+    static thread_local std::vector<uint8_t> room;
+    static thread_local std::vector<float> units;
+    at_least(units, panels * 16);
+    uint8_t* laid_out = lines(room, panels * steps * TILE);
     float* ones = units.data();
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<uint8_t> tiles, bytes;
         alignas(64) float sums[128 * 32], scales[128];
-        tiles.resize(block / 16 * steps * TILE + 64);
-        uint8_t* weights = tiles.data() + 64 - reinterpret_cast<uintptr_t>(tiles.data()) % 64;
+        uint8_t* weights = lines(tiles, block / 16 * steps * TILE);
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels; panel++) {
             const int64_t count = std::clamp<int64_t>(n - panel * 16, 0, 16);
             const auto* rows = reinterpret_cast<const uint8_t*>(x + panel * 16 * m.columns);
             if constexpr (BYTES) {
-                bytes.resize(16 * row_bytes);
+                uint8_t* made = lines(bytes, 16 * row_bytes);
                 for (int64_t j = 0; j < count; j++)
-                    ones[panel * 16 + j] = to_bytes(x + (panel * 16 + j) * m.columns, m.columns, bytes.data() + j * row_bytes);
-                rows = bytes.data();
+                    ones[panel * 16 + j] = to_bytes(x + (panel * 16 + j) * m.columns, m.columns, made + j * row_bytes);
+                rows = made;
             }
             lay_out<16>(rows, row_bytes, row_bytes, laid_out + panel * steps * TILE, count);
         }
@@ -570,8 +573,7 @@ struct TiledAttention {
     void operator()(int64_t row, int64_t kv_head, int64_t first, int64_t last) {
         const int64_t tokens = last - first, start = p.starts[row] + first, end = p.starts[row] + last;
         const int64_t sixteens = (tokens + 15) / 16, all = group * sixteens;
-        room.resize((all * steps + AT_A_TIME / 32 * rows + AT_A_TIME / 32) * TILE + 32 * D + 64);
-        queries = room.data() + 64 - reinterpret_cast<uintptr_t>(room.data()) % 64;
+        queries = lines(room, (all * steps + AT_A_TIME / 32 * rows + AT_A_TIME / 32) * TILE + 32 * D);
         values = queries + all * steps * TILE, weights = values + AT_A_TIME / 32 * rows * TILE;
         last_keys = weights + AT_A_TIME / 32 * TILE;
         sums.assign(all * D * 16, 0), most.assign(all * 16, NEVER), total.assign(all * 16, 0);

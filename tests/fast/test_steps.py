@@ -7,6 +7,8 @@ another's keys, softmax over more slots than it takes at once.
 from __future__ import annotations
 
 import copy
+import heapq
+import inspect
 import weakref
 
 import pytest
@@ -175,12 +177,8 @@ def test_bfloat16_weights_lose_less_than_a_thousandth_of_perplexity() -> None:
     fast = Llama.build(max_seq_len=512, max_batch_size=1, dtype=torch.bfloat16, fast=True)
     for weight in exact.model.parameters():
         weight.data = weight.data.bfloat16().float()
-    text = (
-        "def merge(left, right):\n    result = []\n    while left and right:\n        if left[0] < right[0]:\n"
-        "            result.append(left.pop(0))\n        else:\n            result.append(right.pop(0))\n"
-        "    return result + left + right\n\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n"
-    ) * 2
-    tokens = torch.tensor([exact.tokenizer.encode(text, bos=True, eos=False)])
+    text = inspect.getsource(heapq)  # 512 tokens: of 187, chance alone made a thousandth
+    tokens = torch.tensor([exact.tokenizer.encode(text, bos=True, eos=False)[:512]])
     steps = in_one_call(fast.model)
 
     def losses(scores: Tensor) -> Tensor:

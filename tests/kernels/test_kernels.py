@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels import library, matrix
@@ -231,6 +232,25 @@ def test_a_prompts_products_by_tiles(kind: str, shape: tuple[int, int, int]) -> 
     assert not lost[1:].any()
     for few in {1, n // 2 or 1, n}:  # what comes of a vector does not depend on those beside it
         assert torch.equal(found._many_by_tiles(x[:few]).double(), out[:few])
+
+
+@pytest.mark.usefixtures("tiles")
+def test_pytorchs_own_products_are_right_before_and_after_tiles() -> None:
+    """Both tell a processor's thread which shapes its tiles have, and neither may count on its own still being there."""
+    x, q = torch.randn(70, 128).bfloat16(), torch.randn(1, 2, 300, 64).bfloat16()
+    found, exact = weight("bfloat16", 96, 128)
+    assert found.codes is not None
+
+    def own() -> list[Tensor]:
+        return [F.linear(x, found.codes), F.scaled_dot_product_attention(q, q, q, is_causal=True)]
+
+    right, few, many = own(), found(x[:5]), found._many_by_tiles(x)
+    for _ in range(3):
+        for again, before in zip(own(), right, strict=True):
+            assert torch.equal(again, before)
+        assert torch.equal(found(x[:5]), few)
+        torch.testing.assert_close(own()[0].double(), x.double() @ exact.T, rtol=1e-2, atol=1e-1)
+        assert torch.equal(found._many_by_tiles(x), many)
 
 
 def test_leading_dimensions_and_dtypes() -> None:
