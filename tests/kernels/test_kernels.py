@@ -236,7 +236,7 @@ def test_a_prompts_products_by_tiles(kind: str, shape: tuple[int, int, int]) -> 
 
 @pytest.mark.usefixtures("tiles")
 def test_pytorchs_own_products_are_right_before_and_after_tiles() -> None:
-    """Both tell a processor's thread which shapes its tiles have, and neither may count on its own still being there."""
+    """Both tell a processor's thread which shapes its tiles have; neither may count on its own still being there."""
     x, q = torch.randn(70, 128).bfloat16(), torch.randn(1, 2, 300, 64).bfloat16()
     found, exact = weight("bfloat16", 96, 128)
     assert found.codes is not None
