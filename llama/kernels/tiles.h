@@ -471,16 +471,27 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
 // queries are scores by slot and token, so that a softmax is made of whole vectors, and its weights, two slots in a word,
 // are the second factor for the values, which are turned so that their rows are head dimensions.
 
-// e^x as weights of bfloat16 need it, within 2^-14 of it; 0 where that is less than a float32 has.
-inline Floats rough_exponential(Floats x) {
-#if defined(__AVX512F__)
-    const __m512 power = _mm512_mul_ps(__m512(x), _mm512_set1_ps(1.44269504f)), whole = _mm512_roundscale_ps(power, 0);
-    const Floats r = Floats(_mm512_sub_ps(power, whole)), zero = {};  // -1/2 to 1/2
-    Floats p = add_product(zero + 0.2402265f, r, zero + 0.05550411f + r * 0.009618129f);  // 2^r by its series
-    p = add_product(zero + 1.0f, r, add_product(zero + 0.6931472f, r, p));
-    return Floats(_mm512_scalef_ps(__m512(p), whole));
+// 2^x as weights of bfloat16 need it, within 2^-13.7 of it; 0 where that is less than a float32 has.
+inline Floats power_of_two(Floats x) {
+#if defined(__AVX512DQ__)
+    const Floats r = Floats(_mm512_reduce_ps(__m512(x), _MM_FROUND_TO_NEG_INF)), zero = {};  // what is above a whole number
+    Floats p = add_product(zero + 0.22606716f, r, zero + 0.07802452f);  // the cubic that is least off, in proportion
+    p = add_product(zero + 0.99992522f, r, add_product(zero + 0.69583354f, r, p));
+    return Floats(_mm512_scalef_ps(__m512(p), __m512(x)));  // 2^floor(x) times it
 #else
-    return exponential(x);
+    return exponential(x * 0.69314718f);
+#endif
+}
+
+// Of two vectors each number of bfloat16 beside the other's.
+inline Words in_pairs(Floats one, Floats next) {
+#if defined(MULTIPLIES_BFLOAT16) && defined(__AVX512BW__)
+    const Words beside = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                          0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+    auto both = __m512i(_mm512_cvtne2ps_pbh(__m512(next), __m512(one)));
+    return Words(_mm512_permutexvar_epi16(__m512i(beside), both));
+#else
+    return narrowed(one) | narrowed(next) << 16;
 #endif
 }
 
@@ -524,33 +535,36 @@ struct TiledAttention {
             }
             store_tile<0>(scores + slot * 16, 64);
         }
+        // A weight is 2 to the power of its score, in units that make it e to that over the root of D.
         const Floats zero = {}, never = zero + NEVER, before = load<Floats>(&most[sixteen * 16]);
-        const float scale = 1 / std::sqrt(float(D));
+        const Floats unit = zero + 1.44269504f / std::sqrt(float(D));
         Ints ends;  // which slots a token doesn't see any more
         for (int lane = 0; lane < LANES; lane++) ends[lane] = int32_t(seen + lane);
-        auto score = [&](int64_t slot) {
-            Floats here = load<Floats>(scores + slot * 16) * scale;
-            return slot < seen ? here : ends > int32_t(slot) ? here : never;
-        };
+        const int64_t by_all = std::clamp<int64_t>(seen, 0, count) / 2 * 2;  // slots
+        auto score = [&](int64_t slot) { return load<Floats>(scores + slot * 16); };
         Floats highest = before, added = {};
-        for (int64_t slot = 0; slot < count; slot++) {
-            Floats here = score(slot);
+        for (int64_t slot = 0; slot < by_all; slot++) highest = score(slot) > highest ? score(slot) : highest;
+        for (int64_t slot = by_all; slot < count; slot++) {
+            Floats here = ends > int32_t(slot) ? score(slot) : never;
             highest = here > highest ? here : highest;
         }
-        for (int64_t slot = 0; slot < (count + 31) / 32 * 32; slot += 2) {
-            Floats two[2] = {};
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++)
-                if (slot + i < count) {
-                    Floats here = score(slot + i), weight = rough_exponential(here - highest);
-                    added += two[i] = slot + i < seen ? weight : ends > int32_t(slot + i) ? weight : zero;
-                }
-            Words pair = narrowed(two[0]) | narrowed(two[1]) << 16;
+        const Floats offset = zero - highest * unit;
+        auto weight = [&](int64_t slot) { return power_of_two(add_product(offset, score(slot), unit)); };
+        auto put_pair = [&](int64_t slot, Floats one, Floats next) {
+            added += one + next;
+            Words pair = in_pairs(one, next);
             std::memcpy(weights + slot * 32, &pair, 64);
+        };
+        for (int64_t slot = 0; slot < by_all; slot += 2) put_pair(slot, weight(slot), weight(slot + 1));
+        for (int64_t slot = by_all; slot < (count + 31) / 32 * 32; slot += 2) {
+            Floats two[2] = {};
+            for (int i = 0; i < 2; i++)
+                if (slot + i < count) two[i] = ends > int32_t(slot + i) ? weight(slot + i) : zero;
+            put_pair(slot, two[0], two[1]);
         }
         float* sum = &sums[sixteen * D * 16];
         if (std::memcmp(&before, &highest, sizeof before) != 0) {
-            const Floats fade = exponential(before - highest);
+            const Floats fade = power_of_two(add_product(offset, before, unit));
             for (int64_t i = 0; i < D * 16; i += 16) store(sum + i, load<Floats>(sum + i) * fade);
             store(&most[sixteen * 16], highest);
             added += load<Floats>(&total[sixteen * 16]) * fade;
