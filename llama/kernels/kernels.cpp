@@ -293,6 +293,8 @@ constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
 // their sums. A GROUPED kind's sums are multiplied by its groups' `scales` after each step. What the weights of a group have
 // in common is left out of them, and multiplied by the sum of the group's x: `offset`.
 
+constexpr int TWO_BYTES = 127 * 256 + 127;  // what an upper and a lower one, both with a sign, can be: tiles.h takes it apart
+
 struct Float32 {
     using Numbers = Floats;
     static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = REGISTERS == 32 ? 6 : 2;
@@ -336,7 +338,7 @@ using Bfloat16Pairs = Bfloat16;
 struct Int8 {
     using Numbers = Shorts;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = REGISTERS == 32 ? 5 : 2;
-    static constexpr int LIMIT = 32639, BIAS = 0;
+    static constexpr int LIMIT = TWO_BYTES, BIAS = 0;
     static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
     static int column(int vector, int number) { return vector / 2 * 4 * LANES + 2 * number + vector % 2; }
@@ -367,7 +369,7 @@ struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
     static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2, WIDE = 2;
-    static constexpr int LIMIT = 32639, BIAS = 0;
+    static constexpr int LIMIT = TWO_BYTES, BIAS = 0;
     static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
     static constexpr int64_t bytes(int64_t columns) { return columns / 2; }

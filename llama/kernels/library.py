@@ -236,7 +236,7 @@ def _check(library: ctypes.CDLL) -> None:
             vectors, out = x.repeat(n, 1), torch.full((n, rows), torch.nan, **EXACT)
             library.multiply(ctypes.byref(matrix), vectors.data_ptr(), n, out.data_ptr(), 2)
             _must_be_near(out, right, most)
-            if kind and library.has_tiles():  # where what comes out has eight digits, and an odd nf4 level as many
+            if kind and library.has_tiles():  # what comes out is rounded to bfloat16, and so are weights of 4 bits
                 halves, of_halves = vectors.bfloat16(), torch.full_like(out, torch.nan, dtype=torch.bfloat16)
                 library.multiply_many(ctypes.byref(matrix), halves.data_ptr(), n, of_halves.data_ptr(), 2)
                 _must_be_near(of_halves.float(), right, 4 * most + float(right.abs().max()) / 200)

@@ -8,7 +8,8 @@
 // wants its second factor: a tile's row has of each vector one word, 2 or 4 neighbours. Whole numbers of 16 bits are two
 // bytes, so such a vector has two words in each row.
 
-#if defined(EMULATED_TILES)  // to test what is made of the instructions where there are none
+// EMULATED_TILES is for tests of what is made of the instructions where there are none, NO_TILES for those of vectors alone.
+#if defined(EMULATED_TILES)
 #define HAS_TILES
 #elif !defined(NO_TILES) && LANES == 16 && defined(MULTIPLIES_BFLOAT16) && defined(MULTIPLIES_BYTES) && defined(__AMX_TILE__) && \
     defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
