@@ -245,6 +245,23 @@ void multiply_tile(const Matrix& m, int64_t row, int64_t gap, int64_t count, con
     }
 }
 
+// What a 1 is in each of `count` rows beside each other.
+template <class W>
+inline Floats units_of_rows(const Matrix& m, int64_t row, int64_t count) {
+    if constexpr (std::is_same<W, Bfloat16Pairs>::value) return Floats{} + 1.0f;
+    if (count == LANES) return widened(m.scale + row);
+    Floats units = {};
+    for (int64_t i = 0; i < count; i++) units[i] = W::finish(m, row + i, 1);
+    return units;
+}
+
+// Of a token, `count` rows beside each other.
+inline void put_rows(const Target& target, int64_t token, int64_t row, int64_t count, Floats values) {
+    float* place = target.out + token * target.stride + row;
+    if (count == LANES) store(place, target.add ? load<Floats>(place) + values : values);
+    else for (int64_t i = 0; i < count; i++) target(token, row + i, values[i]);
+}
+
 // As `product`, by tiles.
 template <class W, class Done>
 void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
@@ -260,22 +277,33 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
             const int64_t first = first_of(i);
             place_in_tiles<W, Q>(m, x + first * m.columns, first_of(i + 1) - first, laid_out + i * p.bytes);
         }
-        auto make = [&](int64_t row, int64_t gap, int64_t count, const Target& target) {
+        // Rows `gap` apart, `count` of them, and the `many` after each, sixteen of both at most.
+        auto make = [&](int64_t row, int64_t gap, int64_t count, int64_t many, const Target& target) {
+            alignas(64) float made[16][16 * Q];
             for (int64_t i = 0; i < panels; i++) {
-                alignas(64) float made[16 * Q];
-                multiply_tile<W, Q>(m, row, gap, count, laid_out + i * p.bytes, made);
                 const int64_t first = first_of(i), vectors = first_of(i + 1) - first;
-                if (p.columns < m.columns)
-                    for (int64_t r = 0; r < count; r++)
-                        for (int64_t j = 0; j < vectors; j++)
-                            for (int64_t c = p.columns; c < m.columns; c++)
-                                made[r * Q + j] = std::fma(W::at(m, row + r * gap, c), x[(first + j) * m.columns + c], made[r * Q + j]);
-                for (int64_t r = 0; r < count; r++) {
-                    const float one = W::finish(m, row + r * gap, 1), *sums = made + r * Q;
-                    float* place = target.out + first * target.stride + row + r * gap;
-                    for (int64_t j = 0; j < vectors; j++, place += target.stride) {
-                        const float total = (K::PARTS == 2 ? sums[j] + sums[EACH + j] : sums[j]) * one;
-                        *place = target.add ? *place + total : total;
+                for (int64_t k = 0; k < many; k++) {
+                    multiply_tile<W, Q>(m, row + k, gap, count, laid_out + i * p.bytes, made[k]);
+                    for (int64_t c = p.columns; c < m.columns; c++)
+                        for (int64_t r = 0; r < count; r++)
+                            for (int64_t j = 0; j < vectors; j++) {
+                                float& sum = made[k][r * Q + j];
+                                sum = std::fma(W::at(m, row + k + r * gap, c), x[(first + j) * m.columns + c], sum);
+                            }
+                }
+                for (int64_t from = 0; from < count * Q; from += LANES) {
+                    Words v[16];  // of each word, the sums of rows beside each other
+#pragma GCC unroll 16
+                    for (int k = 0; k < 16; k++) v[k] = load<Words>(made[k] + from);
+                    transpose<8>(v);
+                    for (int64_t r = from / Q; r < std::min(count, (from + LANES) / Q); r++) {
+                        const Words* words = v + (r * Q - from);
+                        const Floats unit = units_of_rows<W>(m, row + r * gap, many);
+                        for (int64_t j = 0; j < vectors; j++) {
+                            Floats total = Floats(words[j]);
+                            if (K::PARTS == 2) total += Floats(words[EACH + j]);
+                            put_rows(target, first + j, row + r * gap, many, total * unit);
+                        }
                     }
                 }
             }
@@ -288,10 +316,11 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
             const int64_t tiles = (last - row) / 16, from = tiles * i / pieces, to = tiles * (i + 1) / pieces, gap = to - from;
             const int64_t first = row + 16 * from, rest = i == pieces - 1 ? (last - row) % 16 : 0;
             for (const Part& part : parts)
-                for (int64_t at = first; at < first + gap; at++) make(part.first + at, gap, 16, part.target);
+                for (int64_t at = first; at < first + gap; at += 16)
+                    make(part.first + at, gap, 16, std::min<int64_t>(16, first + gap - at), part.target);
             if (rest) begin_tiles(Shapes(rest, Q));
             for (const Part& part : parts)
-                if (rest) make(part.first + last - rest, 1, rest, part.target);
+                if (rest) make(part.first + last - rest, 1, rest, 1, part.target);
             if (rest) begin_tiles(Shapes(16, Q));
             done(first, first + 16 * gap + rest);
         });
