@@ -930,20 +930,9 @@ struct Bfloat16Cache : Bfloat16 { using Number = uint16_t; };
 
 constexpr int AT_ONCE = 64;  // slots: their scores are made before the softmax goes on
 
-// STEPS steps of `count` values, each by its slot's weight, to what there is of them.
-template <class W, int STEPS>
-inline void mix(const uint8_t* values, int64_t size, int64_t step, int64_t count, const float* weights, float fade, float* sums) {
-    constexpr int ALL = STEPS * W::VECTORS;
-    float* place = sums + step * W::STEP;
-    Floats mixed[ALL];
-#pragma GCC unroll 4
-    for (int u = 0; u < ALL; u++) mixed[u] = load<Floats>(place + u * LANES) * fade;
-    for (int64_t i = 0; i < count; i++)
-#pragma GCC unroll 4
-        for (int u = 0; u < ALL; u++)
-            mixed[u] += weights[i] * W::get(values + i * size, step + u / W::VECTORS, u % W::VECTORS);
-#pragma GCC unroll 4
-    for (int u = 0; u < ALL; u++) store(place + u * LANES, mixed[u]);
+// Of a slot, the one that is AT_ONCE after it: keys and values take turns, so that a processor doesn't see what comes next.
+inline void ask_for_next(const uint8_t* slot, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(slot + AT_ONCE * size + i);
 }
 
 struct Query {
@@ -953,36 +942,84 @@ struct Query {
     float most, total;
 };
 
-// One query, and slots first to first + count of those it sees.
-template <class W>
-void attend(Query& query, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t count, int64_t D) {
-    int64_t size = W::bytes(D), steps = D / W::STEP;
-    float scores[AT_ONCE], before = query.most;
+// STEPS steps of `count` values, each by its slot's weight, to what M queries have of them.
+template <class W, int M, int STEPS>
+inline void mix(
+    Query* queries, const uint8_t* values, int64_t step, int64_t count, const float (&weights)[M][AT_ONCE], const float* fade,
+    int64_t size) {
+    constexpr int ALL = STEPS * W::VECTORS;
+    Floats mixed[M][ALL];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int u = 0; u < ALL; u++) mixed[m][u] = load<Floats>(queries[m].sums + step * W::STEP + u * LANES) * fade[m];
     for (int64_t i = 0; i < count; i++) {
-        const uint8_t* key = keys + (first + i) * size;
-        Floats score = {};
-        for (int64_t s = 0; s < steps; s++)
+        if (step == 0) ask_for_next(values + i * size, size);
+#pragma GCC unroll 4
+        for (int u = 0; u < ALL; u++) {
+            const Floats value = once(W::get(values + i * size, step + u / W::VECTORS, u % W::VECTORS));
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) mixed[m][u] += weights[m][i] * value;
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int u = 0; u < ALL; u++) store(queries[m].sums + step * W::STEP + u * LANES, mixed[m][u]);
+}
+
+// M queries, and slots first to first + count of those that they see.
+template <class W, int M>
+void attend(Query* queries, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t count, int64_t D) {
+    const int64_t size = W::bytes(D), steps = D / W::STEP;
+    float scores[M][AT_ONCE], fade[M];
+    Floats products[M][LANES];
+    for (int64_t slot = 0; slot < count; slot += LANES) {
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - slot); i++) {
+            const uint8_t* key = keys + (first + slot + i) * size;
+            ask_for_next(key, size);
+            Floats product[M] = {};
+            for (int64_t s = 0; s < steps; s++)
 #pragma GCC unroll 2
-            for (int v = 0; v < W::VECTORS; v++)
-                score += W::get(key, s, v) * load<Floats>(query.q + s * W::STEP + v * LANES);
-        scores[i] = sum(score);
-        query.most = std::max(query.most, scores[i]);
+                for (int v = 0; v < W::VECTORS; v++) {
+                    const Floats part = once(W::get(key, s, v));
+#pragma GCC unroll 4
+                    for (int m = 0; m < M; m++) product[m] += part * load<Floats>(queries[m].q + s * W::STEP + v * LANES);
+                }
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) products[m][i] = product[m];
+        }
+        for (int m = 0; m < M; m++) {
+            for (int64_t i = count - slot; i < LANES; i++) products[m][i] = Floats{};
+            sum_each<LANES>(products[m], scores[m] + slot);
+        }
     }
-    for (int64_t i = count; i % LANES; i++) scores[i] = NEVER;
-    Floats weights = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Floats weight = exponential(load<Floats>(scores + i) - query.most);
-        if (i + LANES > count)
-            for (int lane = int(count - i); lane < LANES; lane++) weight[lane] = 0;
-        store(scores + i, weight);
-        weights += weight;
+    for (int m = 0; m < M; m++) {
+        float* score = scores[m];
+        Query& query = queries[m];
+        const float before = query.most;
+        for (int64_t i = count; i % LANES; i++) score[i] = NEVER;
+        Floats highest = load<Floats>(score), weights = {};
+        for (int64_t i = LANES; i < count; i += LANES) {
+            Floats here = load<Floats>(score + i);
+            highest = here > highest ? here : highest;
+        }
+        query.most = std::max(before, largest(highest));
+        for (int64_t i = 0; i < count; i += LANES) {
+            Floats weight = exponential(load<Floats>(score + i) - query.most);
+            if (i + LANES > count)
+                for (int lane = int(count - i); lane < LANES; lane++) weight[lane] = 0;
+            store(score + i, weight);
+            weights += weight;
+        }
+        fade[m] = before == NEVER ? 0.0f : std::exp(before - query.most);
+        query.total = query.total * fade[m] + sum(weights);
     }
-    float fade = before == NEVER ? 0.0f : std::exp(before - query.most);
-    query.total = query.total * fade + sum(weights);
+    values += first * size;
     int64_t s = 0;
     for (; s + 4 / W::VECTORS <= steps; s += 4 / W::VECTORS)
-        mix<W, 4 / W::VECTORS>(values + first * size, size, s, count, scores, fade, query.sums);
-    for (; s < steps; s++) mix<W, 1>(values + first * size, size, s, count, scores, fade, query.sums);
+        mix<W, M, 4 / W::VECTORS>(queries, values, s, count, scores, fade, size);
+    for (; s < steps; s++) mix<W, M, 1>(queries, values, s, count, scores, fade, size);
 }
 
 template <class W>
@@ -1013,8 +1050,8 @@ void look(const Thread& me, const Block& block, const Step& s) {
         int64_t longest = 0;
         queries.clear();
         for (int64_t i = all * part / parts; i < all * (part + 1) / parts; i++) {
-            int64_t head = kv_head * group + i / s.tokens, token = row * s.tokens + i % s.tokens;
-            int64_t position = s.starts[row] + i % s.tokens;
+            int64_t head = kv_head * group + i % group, token = row * s.tokens + i / group;
+            int64_t position = s.starts[row] + i / group;
             float *q = s.qkv + token * width + head * D, *placed = room.data() + 2 * i * D;
             rotate(q, s.cos + position * D / 2, s.sin + position * D / 2, D / 2);
             for (int64_t step = 0; step < D / W::STEP; step++)
@@ -1030,9 +1067,13 @@ void look(const Thread& me, const Block& block, const Step& s) {
         const auto *keys = static_cast<const uint8_t*>(block.keys) + from;
         const auto *values = static_cast<const uint8_t*>(block.values) + from;
         for (int64_t first = 0; first < longest; first += AT_ONCE)
-            for (Query& query : queries)
-                if (first < query.seen)
-                    attend<W>(query, keys, values, first, std::min<int64_t>(AT_ONCE, query.seen - first), D);
+            for (size_t i = 0; i < queries.size();) {
+                Query* query = &queries[i];
+                const bool beside = i + ROOM <= queries.size() && query->seen == query[ROOM - 1].seen;  // all of a token
+                const int64_t count = std::min<int64_t>(AT_ONCE, query->seen - first);
+                i += beside ? ROOM : 1;
+                if (count > 0) (beside ? attend<W, ROOM> : attend<W, 1>)(query, keys, values, first, count, D);
+            }
         for (const Query& query : queries)
             for (int64_t step = 0; step < D / W::STEP; step++)
                 for (int v = 0; v < W::VECTORS; v++)
