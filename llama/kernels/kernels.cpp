@@ -280,8 +280,9 @@ constexpr int ROOM = REGISTERS == 32 ? 4 : 2;
 //
 // Each kind says how a STEP of columns is read: VECTORS vectors of Numbers, in whatever order costs least to get from its
 // bytes. x is brought into that order once (`place`: PLACED floats' room a step). TALL rows at a time keep up with memory,
-// WIDE ones with four vectors, as many as there are registers for. `at` is one weight by its column: it is what the others
-// must agree with (nf4's levels to 13 bits), and does what is left of a row after whole steps.
+// WIDE ones with BROAD vectors, as many as there are registers for: more vectors where it takes most to get a weight. `at`
+// is one weight by its column: it is what the others must agree with (nf4's levels to 13 bits), and does what is left of a
+// row after whole steps.
 //
 // What Numbers are says how they are multiplied. 32 and 16 bits as Floats; 16 bits, where the processor multiplies in
 // bfloat16, as they are (Halves), by x in bfloat16. 8 and 4 bits as whole numbers of 16 bits (Shorts), two products at once
@@ -297,7 +298,7 @@ constexpr int TWO_BYTES = 127 * 256 + 127;  // what an upper and a lower one, bo
 
 struct Float32 {
     using Numbers = Floats;
-    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = REGISTERS == 32 ? 6 : 2;
+    static constexpr int VECTORS = 1, STEP = LANES, PLACED = STEP, TALL = 4, WIDE = REGISTERS == 32 ? 6 : 2, BROAD = 4;
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return lane; }  // of a step, by where it is read
     static Floats get(const uint8_t* row, int64_t step, int) { return once(load<Floats>(row + step * 4 * LANES)); }
@@ -310,7 +311,7 @@ struct Float32 {
 
 struct Bfloat16 {  // of two neighbours in 32 bits, the second is a float32 once the first is taken off it
     using Numbers = Floats;
-    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP, TALL = 4, WIDE = ROOM;
+    static constexpr int VECTORS = 2, STEP = 2 * LANES, PLACED = STEP, TALL = 4, WIDE = ROOM, BROAD = 4;
     static constexpr bool OFFSET = false;
     static int column(int vector, int lane) { return 2 * lane + vector; }
     static Floats get(const uint8_t* row, int64_t step, int vector) {
@@ -337,7 +338,7 @@ using Bfloat16Pairs = Bfloat16;
 
 struct Int8 {
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = REGISTERS == 32 ? 5 : 2;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 4, WIDE = REGISTERS == 32 ? 5 : 2, BROAD = 4;
     static constexpr int LIMIT = TWO_BYTES, BIAS = 0;
     static constexpr bool GROUPED = false, OFFSET = false;
     static constexpr float UNIT = 1;
@@ -368,7 +369,7 @@ template <int GROUP>
 struct FourBits {
     static_assert(GROUP % 32 == 0);
     using Numbers = Shorts;
-    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2, WIDE = 2;
+    static constexpr int VECTORS = 4, STEP = 8 * LANES, PLACED = 4 * LANES, TALL = 2, WIDE = 2, BROAD = REGISTERS == 32 ? 8 : 4;
     static constexpr int LIMIT = TWO_BYTES, BIAS = 0;
     static constexpr bool GROUPED = true;
     static int column(int vector, int number) { return 4 * number + (vector ^ 1); }
@@ -629,9 +630,9 @@ inline void tile(
     };
     Floats sums[R][X] = {};
     if constexpr (W::OFFSET)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int j = 0; j < X; j++) sums[r][j] = W::offset(m, row + r * gap, x + j * stride + places.sums);
     if constexpr (Places<W>::WHOLE) {
         constexpr int T = X == 1 || REGISTERS == 32 ? R : 1;  // rows together: what it takes to get a weight needs registers
@@ -639,46 +640,46 @@ inline void tile(
         auto unit_of = [&](int j, int64_t shared) { return load<Unit>(x + j * stride + places.units + 2 * shared); };
         for (int64_t shared = 0; shared * STEPS < places.steps; shared++) {
             const int64_t end = std::min(places.steps, (shared + 1) * STEPS);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int first = 0; first < R; first += T) {
                 const uint8_t* rows = codes + first * gap * size;
                 Floats part[T][X] = {};
                 Ints whole[T][X] = {};
                 if constexpr (W::BIAS != 0)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                     for (int j = 0; j < X; j++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                         for (int r = 0; r < T; r++) whole[r][j] = Ints{unit_of(j, shared).begin};
                 for (int64_t s = shared * STEPS; s < end; s++) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                     for (int r = 0; r < T; r++) ask_for(first + r, s);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                     for (int v = 0; v < W::VECTORS; v++) {
                         Numbers w[T];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                         for (int r = 0; r < T; r++) w[r] = W::get(rows + r * gap * size, s, v);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                         for (int j = 0; j < X; j++) {
                             Numbers number = load<Numbers>(x + j * stride + s * W::PLACED + v * LANES);
                             if constexpr (T > 1) number = once(number);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                             for (int r = 0; r < T; r++) whole[r][j] = add_product(whole[r][j], w[r], number);
                         }
                     }
                     if constexpr (W::GROUPED)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                         for (int r = 0; r < T; r++) {
                             Floats scales = W::scales(m.scale + (row + (first + r) * gap) * groups, s);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                             for (int j = 0; j < X; j++) {
                                 part[r][j] = add_product(part[r][j], scales, __builtin_convertvector(once(whole[r][j]), Floats));
                                 whole[r][j] = Ints{};
                             }
                         }
                 }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int r = 0; r < T; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                     for (int j = 0; j < X; j++) {
                         if constexpr (!W::GROUPED) part[r][j] = __builtin_convertvector(whole[r][j], Floats);
                         sums[first + r][j] = add_product(sums[first + r][j], Floats{} + unit_of(j, shared).one, part[r][j]);
@@ -687,17 +688,17 @@ inline void tile(
         }
     } else {
         for (int64_t s = 0; s < places.steps; s++) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int r = 0; r < R; r++) ask_for(r, s);
 #pragma GCC unroll 2
             for (int v = 0; v < W::VECTORS; v++) {
                 Numbers w[R];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int r = 0; r < R; r++) w[r] = W::get(codes + r * gap * size, s, v);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int j = 0; j < X; j++) {
                     Numbers number = once(load<Numbers>(x + j * stride + s * W::PLACED + v * LANES));
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sums[r][j] = add_product(sums[r][j], w[r], number);
                 }
             }
@@ -723,6 +724,14 @@ constexpr int64_t BESIDE = 4;  // tiles
 template <int N>
 using Count = std::integral_constant<int, N>;
 
+// Calls use(Count<n>{}), n from 1 to MOST.
+template <int MOST, class Use>
+void with_count(int64_t n, Use use) {
+    if constexpr (MOST > 1)
+        if (n < MOST) return with_count<MOST - 1>(n, use);
+    use(Count<MOST>{});
+}
+
 // Tiles of R rows, `gap` apart, and up to MOST vectors: those that begin with rows first to last. So memory is read in R
 // long streams, and gives more than in one (docs/LOG.md). As few passes as there can be, of as many vectors each; a pass
 // goes over some tiles before the next does, while its vectors are in the first cache.
@@ -736,9 +745,7 @@ inline void tiles(
         const int64_t token = pass * each + std::min(pass, more), vectors = each + (pass < more);
         const Ahead ahead = {next.from + pass * (size / passes), next.step};
         auto go = [&](auto count) { tile<W, R, count>(m, row, gap, x, stride, token, ahead, target); };
-        if (vectors == 1) go(Count<1>{});
-        else if (vectors == 2) go(Count<2>{});
-        else if constexpr (MOST > 2) vectors == 3 ? go(Count<3>{}) : go(Count<4>{});
+        with_count<MOST>(vectors, go);
     };
     for (int64_t row = first; row < last; row += beside)
         for (int64_t pass = 0; pass < passes; pass++)
@@ -879,9 +886,9 @@ void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initia
                 for (int r = 0; r < R; r++) done(from + r * gap, to + r * gap);
                 row += R * gap;
             };
-            // A weight is got for four vectors instead of two, which is less work a vector, and a vector for WIDE rows.
+            // A weight is got for more vectors at once, which is less work a vector, and a vector for WIDE rows.
             if (n < 3) make(Count<W::TALL>{}, Count<2>{});
-            else make(Count<W::WIDE>{}, Count<4>{});
+            else make(Count<W::WIDE>{}, Count<W::BROAD>{});
             make(Count<1>{}, Count<4>{});
         });
     });
