@@ -952,8 +952,8 @@ struct Query {
 // STEPS steps of `count` values, each by its slot's weight, to what M queries have of them.
 template <class W, int M, int STEPS>
 inline void mix(
-    Query* queries, const uint8_t* values, int64_t step, int64_t count, const float (&weights)[M][AT_ONCE], const float* fade,
-    int64_t size) {
+    Query* queries, const uint8_t* values, int64_t step, int64_t count, int64_t next, const float (&weights)[M][AT_ONCE],
+    const float* fade, int64_t size) {
     constexpr int ALL = STEPS * W::VECTORS;
     Floats mixed[M][ALL];
 #pragma GCC unroll 4
@@ -961,7 +961,7 @@ inline void mix(
 #pragma GCC unroll 4
         for (int u = 0; u < ALL; u++) mixed[m][u] = load<Floats>(queries[m].sums + step * W::STEP + u * LANES) * fade[m];
     for (int64_t i = 0; i < count; i++) {
-        if (step == 0) ask_for_next(values + i * size, size);
+        if (step == 0 && i < next) ask_for_next(values + i * size, size);
 #pragma GCC unroll 4
         for (int u = 0; u < ALL; u++) {
             const Floats value = once(W::get(values + i * size, step + u / W::VECTORS, u % W::VECTORS));
@@ -975,16 +975,17 @@ inline void mix(
         for (int u = 0; u < ALL; u++) store(queries[m].sums + step * W::STEP + u * LANES, mixed[m][u]);
 }
 
-// M queries, and slots first to first + count of those that they see.
+// M queries, and slots first to first + count of those that they see. `next` are those in the block after it.
 template <class W, int M>
-void attend(Query* queries, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t count, int64_t D) {
+void attend(
+    Query* queries, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t count, int64_t next, int64_t D) {
     const int64_t size = W::bytes(D), steps = D / W::STEP;
     float scores[M][AT_ONCE], fade[M];
     Floats products[M][LANES];
     for (int64_t slot = 0; slot < count; slot += LANES) {
         for (int64_t i = 0; i < std::min<int64_t>(LANES, count - slot); i++) {
             const uint8_t* key = keys + (first + slot + i) * size;
-            ask_for_next(key, size);
+            if (slot + i < next) ask_for_next(key, size);
             Floats product[M] = {};
             for (int64_t s = 0; s < steps; s++)
 #pragma GCC unroll 2
@@ -1025,8 +1026,8 @@ void attend(Query* queries, const uint8_t* keys, const uint8_t* values, int64_t 
     values += first * size;
     int64_t s = 0;
     for (; s + 4 / W::VECTORS <= steps; s += 4 / W::VECTORS)
-        mix<W, M, 4 / W::VECTORS>(queries, values, s, count, scores, fade, size);
-    for (; s < steps; s++) mix<W, M, 1>(queries, values, s, count, scores, fade, size);
+        mix<W, M, 4 / W::VECTORS>(queries, values, s, count, next, scores, fade, size);
+    for (; s < steps; s++) mix<W, M, 1>(queries, values, s, count, next, scores, fade, size);
 }
 
 template <class W>
@@ -1077,9 +1078,9 @@ void look(const Thread& me, const Block& block, const Step& s) {
             for (size_t i = 0; i < queries.size();) {
                 Query* query = &queries[i];
                 const bool beside = i + ROOM <= queries.size() && query->seen == query[ROOM - 1].seen;  // all of a token
-                const int64_t count = std::min<int64_t>(AT_ONCE, query->seen - first);
+                const int64_t rest = query->seen - first, count = std::min<int64_t>(AT_ONCE, rest);
                 i += beside ? ROOM : 1;
-                if (count > 0) (beside ? attend<W, ROOM> : attend<W, 1>)(query, keys, values, first, count, D);
+                if (rest > 0) (beside ? attend<W, ROOM> : attend<W, 1>)(query, keys, values, first, count, rest - count, D);
             }
         for (const Query& query : queries)
             for (int64_t step = 0; step < D / W::STEP; step++)
