@@ -153,7 +153,7 @@ def build(path: Path, more_flags: tuple[str, ...] = ()) -> None:
             "(apt install g++), or name it in the environment variable CXX"
         )
     if os.environ.get("RANK", "0") == "0":
-        print("compiling llama/kernels for this processor: once, ten to thirty seconds", file=sys.stderr)
+        print("compiling llama/kernels for this processor: once, ten to fifty seconds", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch, path.name)

@@ -58,11 +58,14 @@ def scores(made: Transformer, tokens: Tensor, starts: int | list[int]) -> Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (8, 2), (4, 1)])
-def test_hundreds_of_slots_are_attended_to_as_by_the_blocks(dtype: torch.dtype, n_heads: int, n_kv_heads: int) -> None:
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "dim"), [(4, 4, 256), (8, 2, 256), (4, 1, 256), (6, 1, 384)])
+def test_hundreds_of_slots_are_attended_to_as_by_the_blocks(
+    dtype: torch.dtype, n_heads: int, n_kv_heads: int, dim: int
+) -> None:
     """Beyond the slots whose scores are made at a time; tokens of one row, of rows at positions of their own, several
-    at once; a float32 model of the same weights is what is exact."""
-    sizes = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "max_seq_len": 512}
+    at once; heads that are whole fours, which meet a key together, and not; a float32 model of the same weights is what
+    is exact."""
+    sizes = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "dim": dim, "max_seq_len": 512}
     exact, fast = model(dtype, **sizes).float(), speed_up_(model(dtype, **sizes))
     steps = in_one_call(fast)
     tokens = torch.randint(96, (3, 400), generator=torch.Generator().manual_seed(1))

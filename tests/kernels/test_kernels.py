@@ -23,9 +23,9 @@ from llama.kernels.matrix import BFLOAT16, FEW, FLOAT32, INT4, INT8, INT8_DYNAMI
 
 NF4_LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 NF4_LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # QLoRA, appendix E, to four digits
-SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1152), (13, 4224)]
-"""Whole tiles of rows and rests of them; columns that are whole steps of every width, ones that leave a rest, and more
-than share a unit."""
+SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1152), (13, 4224), (551, 256)]
+"""Whole tiles of rows and rests of them, and more than sixteen whole ones for each of two threads; columns that are
+whole steps of every width, ones that leave a rest, and more than share a unit."""
 KINDS = {"float32": 0, "bfloat16": 0, "int8": 0, "int8-dynamic": 0}
 KINDS |= {"int4:32": 32, "int4:64": 64, "int4:128": 128, "nf4": 64}
 
