@@ -146,12 +146,15 @@ inline Ints add_product(Ints sum, Shorts a, Shorts b) {
 #endif
 }
 
-#ifdef MULTIPLIES_BYTES
 // Of bytes, the second with a sign, the four that each lane holds.
 inline Ints add_product(Ints sum, Bytes a, Bytes b) {
+#ifdef MULTIPLIES_BYTES
     return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
-}
+#else
+    for (int i = 0; i < 4 * LANES; i++) sum[i / 4] += a[i] * int8_t(b[i]);
+    return sum;
 #endif
+}
 
 // Of bfloat16, which is the upper half of a float32, to each lane the two products that it holds.
 inline Floats add_product(Floats sum, Halves a, Halves b) {
@@ -210,16 +213,33 @@ inline float sum(Floats v) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+// Lanes of two vectors by number, the second's after the first's.
+template <int... LANE, class V>
+inline V pick(V a, V b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, LANE...);
+#else
+    return __builtin_shuffle(a, b, decltype(a == b){LANE...});
+#endif
+}
+
+// Of each sixteen bytes of two vectors eight (the first, or the second), numbers of both in turn.
+template <int SECOND, class V, int... LANE>
+inline V zip(V a, V b, std::integer_sequence<int, LANE...>) {
+    constexpr int ALL = sizeof...(LANE), EACH = 4 * ALL / LANES;
+    return pick<(LANE / EACH * EACH + SECOND * EACH / 2 + LANE % EACH / 2 + LANE % 2 * ALL)...>(a, b);
+}
+
+template <class V>
+inline void zip(V a, V b, V& first, V& second) {
+    constexpr std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])> lanes;
+    first = zip<0>(a, b, lanes), second = zip<1>(a, b, lanes);
+}
+
 // Of the numbers of a and then of b, blocks of H: each with the next.
 template <int H, int... LANE>
 inline Floats fold(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, LANE / H * 2 * H + LANE % H...) +
-           __builtin_shufflevector(a, b, LANE / H * 2 * H + LANE % H + H...);
-#else
-    return __builtin_shuffle(a, b, Ints{LANE / H * 2 * H + LANE % H...}) +
-           __builtin_shuffle(a, b, Ints{LANE / H * 2 * H + LANE % H + H...});
-#endif
+    return pick<(LANE / H * 2 * H + LANE % H)...>(a, b) + pick<(LANE / H * 2 * H + LANE % H + H)...>(a, b);
 }
 
 // N vectors (a power of two), the lanes of each added up until LANES / N of them are left.
@@ -448,16 +468,16 @@ constexpr float NORMAL[16] = {
 
 constexpr float ONE = 8191;  // what the level 1 is as a whole number: of eight products the sum has 32 bits
 
-struct Levels {  // as whole numbers of 16 bits
+struct Levels {  // as whole numbers of 16 bits, their lower and their upper bytes
     uint8_t lower[16] = {}, upper[16] = {};
-    constexpr Levels() {
+    constexpr explicit Levels(float one) {
         for (int i = 0; i < 16; i++) {
-            int level = int(NORMAL[i] * ONE + (NORMAL[i] < 0 ? -0.5f : 0.5f));
+            int level = int(NORMAL[i] * one + (NORMAL[i] < 0 ? -0.5f : 0.5f));
             lower[i] = uint8_t(level), upper[i] = uint8_t(level >> 8);
         }
     }
 };
-constexpr Levels LEVELS;
+constexpr Levels LEVELS(ONE);
 
 inline Bytes look_up(const uint8_t (&table)[16], Bytes codes) {
 #if LANES == 16 && defined(__AVX512BW__)
@@ -472,24 +492,6 @@ inline Bytes look_up(const uint8_t (&table)[16], Bytes codes) {
 #endif
 }
 
-// Of each sixteen bytes eight (the first, or the second), with those of `upper` on top.
-inline Shorts interleave(Bytes lower, Bytes upper, int second) {
-#if LANES == 16 && defined(__AVX512BW__)
-    auto a = __m512i(lower), b = __m512i(upper);
-    return Shorts(second ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b));
-#elif LANES == 8 && defined(__AVX2__)
-    auto a = __m256i(lower), b = __m256i(upper);
-    return Shorts(second ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b));
-#else
-    Shorts both;
-    for (int i = 0; i < 2 * LANES; i++) {
-        int from = i / 8 * 16 + second * 8 + i % 8;
-        both[i] = int16_t(lower[from] | upper[from] << 8);
-    }
-    return both;
-#endif
-}
-
 template <int GROUP>
 struct Nf4 : FourBits<GROUP> {  // level(code) * scale
     static constexpr bool OFFSET = false;
@@ -500,7 +502,9 @@ struct Nf4 : FourBits<GROUP> {  // level(code) * scale
     }
     static Shorts get(const uint8_t* row, int64_t step, int vector) {
         Bytes pairs = load<Bytes>(row + step * 4 * LANES), codes = (vector < 2 ? pairs : pairs >> 4) & uint8_t(15);
-        return interleave(look_up(LEVELS.lower, codes), look_up(LEVELS.upper, codes), vector % 2);
+        Bytes first, second;
+        zip(look_up(LEVELS.lower, codes), look_up(LEVELS.upper, codes), first, second);
+        return Shorts(vector % 2 ? second : first);
     }
     static float value(const Matrix& m, int64_t group, int code) { return NORMAL[code] * widen(m.scale[group]); }
     static float at(const Matrix& m, int64_t row, int64_t column) {
@@ -611,6 +615,13 @@ struct Target {
         place = add ? place + value : value;
     }
 };
+
+// Of a token, `count` rows beside each other.
+inline void put_rows(const Target& target, int64_t token, int64_t row, int64_t count, Floats values) {
+    float* place = target.out + token * target.stride + row;
+    if (count == LANES) store(place, target.add ? load<Floats>(place) + values : values);
+    else for (int64_t i = 0; i < count; i++) target(token, row + i, values[i]);
+}
 
 // R rows of a weight, `gap` apart, times X vectors from `token` on. Each pair adds up in the same order in whatever tile it
 // is, so that what comes out for a token does not depend on those beside it.
@@ -841,8 +852,17 @@ void together(int64_t count, Use use) {
 }
 
 // Vectors that are kept from call to call only grow: what is added to them is written to, each time.
-void at_least(std::vector<float>& room, int64_t count) {
+template <class T>
+void at_least(std::vector<T>& room, int64_t count) {
     if (int64_t(room.size()) < count) room.resize(count);
+}
+
+// So many numbers of it, from where a line of the cache begins.
+template <class T>
+T* lines(std::vector<T>& room, int64_t count) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    at_least(room, count + LINE);
+    return room.data() + (LINE - reinterpret_cast<uintptr_t>(room.data()) / sizeof(T) % LINE);
 }
 
 // Some rows of a weight, and where what they make goes.
@@ -853,9 +873,43 @@ struct Part {
 
 constexpr int64_t PIECE = 1 << 19;  // bytes of a weight: some forty microseconds
 
+template <class W>
+int64_t pieces_of(const Matrix& m, int64_t threads) {
+    return std::max<int64_t>(1, W::bytes(m.columns) * m.rows / threads / PIECE);
+}
+
+
 constexpr float NEVER = -3e38f;  // a score that has no weight
 
+#include "fours.h"
 #include "tiles.h"
+
+template <class W, class Done>
+void product_in_streams(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
+    static thread_local std::vector<float> room;
+    const int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
+    float* placed = lines(room, n * stride);
+    for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
+
+    const int64_t pieces = pieces_of<W>(m, me.count);
+    me.share_out(pieces, [&](int64_t whose, int64_t i) {
+        int64_t row, last;
+        me.share(m.rows / int64_t(parts.size()), whose, row, last);
+        // The piece's part of each of so many streams of rows. What is not in one of them is left.
+        auto make = [&](auto streams, auto most) {
+            constexpr int R = streams, MOST = most;
+            int64_t gap = (last - row) / R, from = row + gap * i / pieces, to = row + gap * (i + 1) / pieces;
+            for (const Part& part : parts)
+                tiles<W, R, MOST>(m, part.first + from, part.first + to, gap, placed, stride, n, part.target);
+            for (int r = 0; r < R; r++) done(from + r * gap, to + r * gap);
+            row += R * gap;
+        };
+        // A weight is got for more vectors at once, which is less work a vector, and a vector for WIDE rows.
+        if (n < 3) make(Count<W::TALL>{}, Count<2>{});
+        else make(Count<W::WIDE>{}, Count<W::BROAD>{});
+        make(Count<1>{}, Count<4>{});
+    });
+}
 
 // A weight times n vectors (n, C), by all threads. Its rows are in `parts` of the same size, which go along with each other;
 // done(first, last) is called with rows of each that have been made.
@@ -863,34 +917,15 @@ template <class Done>
 void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
     with_kind(m, [&](auto kind) {
         using W = decltype(kind);
+        if constexpr (Turned<W>::HERE) {
+            product_by_rows<typename Turned<W>::Kind>(me, m, x, n, parts, done);
+        } else {
 #ifdef HAS_TILES
-        if constexpr (Tiled<W>::HERE)
-            if (may_use_tiles()) return product_by_tiles<W>(me, m, x, n, parts, done);
+            if constexpr (Tiled<W>::HERE)
+                if (may_use_tiles()) return product_by_tiles<W>(me, m, x, n, parts, done);
 #endif
-        static thread_local std::vector<float> room;
-        const int64_t stride = (Places<W>(m).size + 15) / 32 * 32 + 16;  // vectors begin in different lines of a cache
-        at_least(room, n * stride + 16);
-        float* placed = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) / 4 % 16);
-        for (int64_t j = 0; j < n; j++) place<W>(m, x + j * m.columns, placed + j * stride);
-
-        const int64_t pieces = std::max<int64_t>(1, W::bytes(m.columns) * m.rows / me.count / PIECE);
-        me.share_out(pieces, [&](int64_t whose, int64_t i) {
-            int64_t row, last;
-            me.share(m.rows / int64_t(parts.size()), whose, row, last);
-            // The piece's part of each of so many streams of rows. What is not in one of them is left.
-            auto make = [&](auto streams, auto most) {
-                constexpr int R = streams, MOST = most;
-                int64_t gap = (last - row) / R, from = row + gap * i / pieces, to = row + gap * (i + 1) / pieces;
-                for (const Part& part : parts)
-                    tiles<W, R, MOST>(m, part.first + from, part.first + to, gap, placed, stride, n, part.target);
-                for (int r = 0; r < R; r++) done(from + r * gap, to + r * gap);
-                row += R * gap;
-            };
-            // A weight is got for more vectors at once, which is less work a vector, and a vector for WIDE rows.
-            if (n < 3) make(Count<W::TALL>{}, Count<2>{});
-            else make(Count<W::WIDE>{}, Count<W::BROAD>{});
-            make(Count<1>{}, Count<4>{});
-        });
+            product_in_streams<W>(me, m, x, n, parts, done);
+        }
     });
 }
 

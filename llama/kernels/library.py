@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-PARTS = (SOURCE, SOURCE.with_name("tiles.h"))
+PARTS = (SOURCE, SOURCE.with_name("fours.h"), SOURCE.with_name("tiles.h"))
 """What is compiled: the file, and what it includes."""
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 EXACT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -220,7 +220,7 @@ def _check(library: ctypes.CDLL) -> None:
     levels = torch.tensor(NF4_LEVELS, **EXACT)[places.long()]
     one = torch.ones(rows, 10, dtype=torch.bfloat16, device="cpu")
     of_rows = one[:, 0].contiguous()
-    # `most` is how far off it may be: 127 is no part of what 16 bits have, and nf4's levels are rounded to 13.
+    # `most` is how far off it may be: 127 is no part of what 16 bits have, and nf4's levels are rounded to 12 or 13.
     for kind, stored, scale, zero, group, most in (
         (0, weight, None, None, 0, 0.0),
         (1, weight.bfloat16(), None, None, 0, 0.0),

@@ -93,16 +93,6 @@ template <int C, int A, int B>
 inline void multiply_bfloat16() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
 #endif
 
-// Lanes of two vectors by number, those of the second from LANES on.
-template <int... LANE>
-inline Words pick(Words a, Words b) {
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, LANE...);
-#else
-    return __builtin_shuffle(a, b, Words{LANE...});
-#endif
-}
-
 template <int H, int... LANE>
 inline void swap_blocks(Words& a, Words& b, std::integer_sequence<int, LANE...>) {
     Words upper = pick<(LANE & H ? LANES + LANE - H : LANE)...>(a, b);
@@ -139,12 +129,6 @@ struct Tiled<Int8Dynamic> : Tiled<Int8> {
 };
 
 constexpr int64_t TILE = 16 * 64;  // bytes
-
-// Room that begins where a line of the cache does, and only grows.
-inline uint8_t* lines(std::vector<uint8_t>& room, int64_t bytes) {
-    if (int64_t(room.size()) < bytes + 64) room.resize(bytes + 64);
-    return room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64);
-}
 
 // Vectors laid out for tiles: Q words of each row, and for each SHARED columns what a 1 of each of the Q is, in all lanes by
 // their number.
@@ -255,13 +239,6 @@ inline Floats units_of_rows(const Matrix& m, int64_t row, int64_t count) {
     return units;
 }
 
-// Of a token, `count` rows beside each other.
-inline void put_rows(const Target& target, int64_t token, int64_t row, int64_t count, Floats values) {
-    float* place = target.out + token * target.stride + row;
-    if (count == LANES) store(place, target.add ? load<Floats>(place) + values : values);
-    else for (int64_t i = 0; i < count; i++) target(token, row + i, values[i]);
-}
-
 // As `product`, by tiles.
 template <class W, class Done>
 void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
@@ -308,7 +285,7 @@ void product_by_tiles(Thread& me, const Matrix& m, const float* x, int64_t n, st
                 }
             }
         };
-        const int64_t pieces = std::max<int64_t>(1, W::bytes(m.columns) * m.rows / me.count / PIECE);
+        const int64_t pieces = pieces_of<W>(m, me.count);
         begin_tiles(Shapes(16, Q));
         me.share_out(pieces, [&](int64_t whose, int64_t i) {
             int64_t row, last;

@@ -23,7 +23,7 @@ from llama.kernels.matrix import BFLOAT16, FEW, FLOAT32, INT4, INT8, INT8_DYNAMI
 
 NF4_LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 NF4_LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # QLoRA, appendix E, to four digits
-SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1152), (13, 4224), (551, 256)]
+SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1152), (13, 4224), (551, 256), (70, 4224)]
 """Whole tiles of rows and rests of them, and more than sixteen whole ones for each of two threads; columns that are
 whole steps of every width, ones that leave a rest, and more than share a unit."""
 KINDS = {"float32": 0, "bfloat16": 0, "int8": 0, "int8-dynamic": 0}
@@ -62,8 +62,8 @@ def test_product_is_that_in_float64(kind: str, shape: tuple[int, int]) -> None:
     right, doubt = rounded_and_doubt(x, kind)
     digits = 2e-6
     size = right.abs() @ exact.abs().T  # what rounding is relative to
-    if kind == "nf4":  # the levels are rounded to 13 bits, and given to four digits above
-        digits, size = 1.2e-4, right.abs() @ wide(found.scale, 64).abs().T
+    if kind == "nf4":  # the levels are rounded, and given to four digits above
+        digits, size = 5e-5 + 0.5 / largest_level(), right.abs() @ wide(found.scale, 64).abs().T
     elif kind.startswith("int"):
         size = size + 128 * right.abs().sum(1, keepdim=True) * exact.abs().amax(1)[None] / 100
     for n in (1, 2, 3, 4, 5, 8, FEW):
@@ -74,6 +74,16 @@ def test_product_is_that_in_float64(kind: str, shape: tuple[int, int]) -> None:
 def wide(of_groups: Tensor | None, group: int) -> Tensor:
     assert of_groups is not None
     return of_groups.double().repeat_interleave(group, 1)
+
+
+def in_rows() -> bool:
+    """Whether weights of 4 bits are multiplied as fours.h does it."""
+    return bool(library.load().multiplies_bytes() or library.load().has_tiles())
+
+
+def largest_level() -> int:
+    """What nf4's level 1 is as a whole number."""
+    return 2047 if in_rows() else 8191
 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
@@ -92,11 +102,12 @@ def rounded_and_doubt(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     elif kind.startswith(("int", "nf")):
         dynamic = kind == "int8-dynamic"
         in_bytes = (dynamic and kernels.multiplies_bytes()) or (kind.startswith("int8") and kernels.has_tiles())
-        step = (4 if in_bytes else 8) * kernels.lanes()
+        step = 32 if KINDS[kind] and in_rows() else (4 if in_bytes else 8) * kernels.lanes()
         whole = x.shape[1] // step * step
         for first in range(0, whole, 2048):
             shared = x[:, first : min(first + 2048, whole)]
-            unit = shared.abs().amax(1, keepdim=True) / (127 if dynamic else 32639)
+            largest = 127 if dynamic else 16383 if kind == "nf4" and in_rows() else 32639
+            unit = shared.abs().amax(1, keepdim=True) / largest
             numbers, here = shared.double() * (1 / unit), slice(first, first + shared.shape[1])
             wide[:, here] = numbers.round() * unit
             doubt[:, here] = ((numbers - numbers.round()).abs() > 0.4999) * unit
@@ -128,7 +139,8 @@ def test_rounding_together_loses_less_than_bfloat16(kind: str, outlier: float) -
     torch.manual_seed(0)
     found, exact = weight(kind, 64, 8192)
     if kind == "nf4":  # its levels as they are multiplied
-        exact = (exact / wide(found.scale, 64) * 8191).round() / 8191 * wide(found.scale, 64)
+        levels = (exact / wide(found.scale, 64) * largest_level()).round()
+        exact = levels / largest_level() * wide(found.scale, 64)
     x = torch.randn(FEW, 8192)
     x[:, 5::4096] *= outlier or 1
     right = x.double() @ exact.T
