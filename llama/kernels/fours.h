@@ -174,13 +174,13 @@ inline void multiply_rows(
     const Together<K> places(m, X);
     const int64_t groups = m.columns / m.group, between = apart * K::bytes(m.columns);
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * K::bytes(m.columns);
-    const uint16_t *scale = m.scale + row * groups, *zero = m.zero + row * groups;
+    const uint16_t *scale = m.scale + row * groups, *zero = K::OFFSET ? m.zero + row * groups : nullptr;
     const float* words_of_x = x;
     int64_t asked = 0;  // a row: a quarter of them are asked for at a time
-    auto ask_for_rows = [&](const void* rows, int64_t between, int64_t further) {
+    auto ask_for_rows = [&](const void* rows, int64_t bytes, int64_t further) {
 #pragma GCC unroll 4
         for (int r = 0; r < LANES / 4; r++)
-            __builtin_prefetch(static_cast<const uint8_t*>(rows) + (asked + r) * between + further, 0, 3);
+            __builtin_prefetch(static_cast<const uint8_t*>(rows) + (asked + r) * bytes + further, 0, 3);
     };
     auto ask_for = [&](const void* from, int64_t bytes) {
 #pragma GCC unroll 4

@@ -385,6 +385,7 @@ struct Int8Dynamic : Int8 {
 };
 
 // 4 bits, two in a byte, the first in the upper half. Of 32 neighbours each lane reads eight; groups are whole such parts.
+// (fours.h has another way, for processors that multiply bytes.)
 template <int GROUP>
 struct FourBits {
     static_assert(GROUP % 32 == 0);
@@ -878,12 +879,12 @@ int64_t pieces_of(const Matrix& m, int64_t threads) {
     return std::max<int64_t>(1, W::bytes(m.columns) * m.rows / threads / PIECE);
 }
 
-
 constexpr float NEVER = -3e38f;  // a score that has no weight
 
 #include "fours.h"
 #include "tiles.h"
 
+// As `product`, by vectors of a row's neighbours.
 template <class W, class Done>
 void product_in_streams(Thread& me, const Matrix& m, const float* x, int64_t n, std::initializer_list<Part> parts, Done done) {
     static thread_local std::vector<float> room;
