@@ -176,11 +176,12 @@ inline void multiply_rows(
     const uint8_t* codes = static_cast<const uint8_t*>(m.codes) + row * K::bytes(m.columns);
     const uint16_t *scale = m.scale + row * groups, *zero = K::OFFSET ? m.zero + row * groups : nullptr;
     const float* words_of_x = x;
-    int64_t asked = 0;  // a row: a quarter of them are asked for at a time
-    auto ask_for_rows = [&](const void* rows, int64_t bytes, int64_t further) {
+    int64_t time = 0;
+    // A row's line is asked for once in the four times that sixteen bytes are read of it: a quarter of the rows at a time.
+    auto ask_for_rows = [&](const void* rows, int64_t bytes, int64_t time, int64_t further) {
+        const auto* quarter = static_cast<const uint8_t*>(rows) + time % 4 * (LANES / 4) * bytes;
 #pragma GCC unroll 4
-        for (int r = 0; r < LANES / 4; r++)
-            __builtin_prefetch(static_cast<const uint8_t*>(rows) + (asked + r) * bytes + further, 0, 3);
+        for (int r = 0; r < LANES / 4; r++) __builtin_prefetch(quarter + r * bytes + further, 0, 3);
     };
     auto ask_for = [&](const void* from, int64_t bytes) {
 #pragma GCC unroll 4
@@ -195,11 +196,11 @@ inline void multiply_rows(
         for (int64_t eight = shared; eight < end; eight += 8) {
             const int64_t first = std::max<int64_t>(0, std::min(eight, groups - 8));
             Floats scales[8], offsets[8];
-            if constexpr (FEW) ask_for_rows(scale + eight, 2 * apart * groups, 64);
+            if constexpr (FEW) ask_for_rows(scale + eight, 2 * apart * groups, eight / 8, 64);
             else ask_for(scale + LANES * (groups + eight), 16 * LANES);
             turn(scale + first, apart * groups, groups, scales);
             if constexpr (K::OFFSET) {
-                if constexpr (FEW) ask_for_rows(zero + eight, 2 * apart * groups, 64);
+                if constexpr (FEW) ask_for_rows(zero + eight, 2 * apart * groups, eight / 8, 64);
                 else ask_for(zero + LANES * (groups + eight), 16 * LANES);
                 turn(zero + first, apart * groups, groups, offsets);
                 for (int i = 0; i < 8; i++) offsets[i] -= 8.0f * scales[i];
@@ -207,9 +208,8 @@ inline void multiply_rows(
             for (int64_t g = eight; g < std::min(end, eight + 8); g++) {
                 Ints whole[CHAINS][X] = {};
 #pragma GCC unroll 1
-                for (int64_t c = 0; c < m.group; c += 32, codes += 16, words_of_x += 16 * X) {
-                    ask_for_rows(codes, between, FEW ? 256 : 64);
-                    asked = (asked + LANES / 4) % LANES;
+                for (int64_t c = 0; c < m.group; c += 32, codes += 16, words_of_x += 16 * X, time++) {
+                    ask_for_rows(codes, between, time, FEW ? 256 : 64);
                     if constexpr (!FEW) ask_for(ahead, more), ahead += more;
                     Words words[4];
                     turn<K>(codes, between, words);
@@ -280,7 +280,7 @@ void product_by_rows(Thread& me, const Matrix& m, const float* x, int64_t n, std
         };
         const int64_t from = cut(i), to = cut(i + 1), end = i == pieces - 1 ? last : to;
         // Odd, too: rows whose addresses end alike fight for their places in the first cache.
-        const int64_t gap = n < 3 && to > from ? (to - from) / LANES - 1 | 1 : 0;
+        const int64_t gap = n < 3 && to > from ? ((to - from) / LANES - 1) | 1 : 0;
         for (const Part& part : parts) {
             const int64_t first = part.first + from;
             for (int64_t k = 0; k < gap; k++) make(first + k, gap, part.target);
