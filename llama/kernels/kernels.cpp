@@ -115,6 +115,9 @@ inline V once(V v) {
     return v;
 }
 
+// (Floats{} plus a number would cost an addition.)
+inline Floats all_lanes(const float* number) { return Floats(Words{} + load<uint32_t>(number)); }
+
 inline void store(float* at, Floats v) { std::memcpy(at, &v, sizeof v); }
 
 // In one instruction, rounded once, in every tile: GCC takes two where it finds them quicker.
@@ -235,6 +238,22 @@ inline void zip(V a, V b, V& first, V& second) {
     constexpr std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])> lanes;
     first = zip<0>(a, b, lanes), second = zip<1>(a, b, lanes);
 }
+
+// Of pairs beside each other in two vectors, the first numbers and the second ones.
+template <int... LANE>
+inline void separate(Floats& first, Floats& second, std::integer_sequence<int, LANE...>) {
+    const Floats firsts = pick<(2 * LANE)...>(first, second);
+    second = pick<(2 * LANE + 1)...>(first, second), first = firsts;
+}
+inline void separate(Floats& first, Floats& second) { separate(first, second, std::make_integer_sequence<int, LANES>{}); }
+
+// And back.
+template <int... LANE>
+inline void pair_up(Floats& first, Floats& second, std::integer_sequence<int, LANE...>) {
+    const Floats lower = pick<(LANE / 2 + LANE % 2 * LANES)...>(first, second);
+    second = pick<((LANES + LANE) / 2 + LANE % 2 * LANES)...>(first, second), first = lower;
+}
+inline void pair_up(Floats& first, Floats& second) { pair_up(first, second, std::make_integer_sequence<int, LANES>{}); }
 
 // Of the numbers of a and then of b, blocks of H: each with the next.
 template <int H, int... LANE>
@@ -953,25 +972,31 @@ const float* normalised(const float* x, const float* weight, int64_t n, int64_t 
     return normed.data();
 }
 
-void rotate(float* x, const float* cos, const float* sin, int64_t pairs) {
-    for (int64_t i = 0; i < pairs; i++) {
-        float even = x[2 * i], odd = x[2 * i + 1];
-        x[2 * i] = even * cos[i] - odd * sin[i];
-        x[2 * i + 1] = even * sin[i] + odd * cos[i];
+// A head's D numbers, neighbours turned as pairs by the angles of a position: use(d, first ones, second ones) of LANES pairs,
+// which are the numbers from d on.
+template <class Use>
+inline void turned(const float* x, const Step& s, int64_t position, Use use) {
+    const float *cosines = s.cos + position * s.head_dim / 2, *sines = s.sin + position * s.head_dim / 2;
+    for (int64_t d = 0; d < s.head_dim; d += 2 * LANES) {
+        Floats first = load<Floats>(x + d), second = load<Floats>(x + d + LANES);
+        separate(first, second);
+        const Floats cosine = load<Floats>(cosines + d / 2), sine = load<Floats>(sines + d / 2);
+        use(d, first * cosine - second * sine, first * sine + second * cosine);
     }
 }
 
-// Of a cache, keys and values are read like rows of weights.
-template <class W>
-void write(void* store, int64_t at, const float* x, int64_t D) {
-    if constexpr (sizeof(typename W::Number) == 4) std::copy(x, x + D, static_cast<float*>(store) + at);
-    else for (int64_t i = 0; i < D; i++) static_cast<uint16_t*>(store)[at + i] = narrow(x[i]);
-}
+// Keys and values of a cache are read like rows of weights. BY_PAIRS: first numbers of pairs, then second ones.
+struct Float32Cache : Float32 {
+    using Number = float;
+    static constexpr bool BY_PAIRS = false;
+};
+struct Bfloat16Cache : Bfloat16 {
+    using Number = uint16_t;
+    static constexpr bool BY_PAIRS = true;
+};
 
-struct Float32Cache : Float32 { using Number = float; };
-struct Bfloat16Cache : Bfloat16 { using Number = uint16_t; };
-
-constexpr int AT_ONCE = 64;  // slots: their scores are made before the softmax goes on
+constexpr int AT_ONCE = 64;   // slots: their scores are made before the softmax goes on
+constexpr int64_t KEYS = 2;  // that meet the same queries together
 
 // Of a slot, the one that is AT_ONCE after it: keys and values take turns, so that a processor doesn't see what comes next.
 inline void ask_for_next(const uint8_t* slot, int64_t size) {
@@ -979,9 +1004,9 @@ inline void ask_for_next(const uint8_t* slot, int64_t size) {
 }
 
 struct Query {
-    const float* q;  // (D), placed and scaled
-    int64_t seen;    // slots that it sees
-    float *sums, *out;
+    float* q;      // (D), placed and scaled
+    int64_t seen;  // slots that it sees
+    float* sums;
     float most, total;
 };
 
@@ -1019,20 +1044,34 @@ void attend(
     float scores[M][AT_ONCE], fade[M];
     Floats products[M][LANES];
     for (int64_t slot = 0; slot < count; slot += LANES) {
-        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - slot); i++) {
+        auto meet = [&](auto keys_together, int64_t i) {
+            constexpr int N = keys_together;
             const uint8_t* key = keys + (first + slot + i) * size;
-            if (slot + i < next) ask_for_next(key, size);
-            Floats product[M] = {};
+            Floats product[M][N] = {};
+            for (int k = 0; k < N; k++)
+                if (slot + i + k < next) ask_for_next(key + k * size, size);
             for (int64_t s = 0; s < steps; s++)
 #pragma GCC unroll 2
                 for (int v = 0; v < W::VECTORS; v++) {
-                    const Floats part = once(W::get(key, s, v));
+                    Floats part[N];
+#pragma GCC unroll 2
+                    for (int k = 0; k < N; k++) part[k] = once(W::get(key + k * size, s, v));
 #pragma GCC unroll 4
-                    for (int m = 0; m < M; m++) product[m] += part * load<Floats>(queries[m].q + s * W::STEP + v * LANES);
+                    for (int m = 0; m < M; m++) {
+                        const Floats number = once(load<Floats>(queries[m].q + s * W::STEP + v * LANES));
+#pragma GCC unroll 2
+                        for (int k = 0; k < N; k++) product[m][k] = add_product(product[m][k], part[k], number);
+                    }
                 }
 #pragma GCC unroll 4
-            for (int m = 0; m < M; m++) products[m][i] = product[m];
-        }
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+                for (int k = 0; k < N; k++) products[m][i + k] = product[m][k];
+        };
+        const int64_t here = std::min<int64_t>(LANES, count - slot);
+        int64_t i = 0;
+        for (; i + KEYS <= here; i += KEYS) meet(Count<KEYS>{}, i);
+        for (; i < here; i++) meet(Count<1>{}, i);
         for (int m = 0; m < M; m++) {
             for (int64_t i = count - slot; i < LANES; i++) products[m][i] = Floats{};
             sum_each<LANES>(products[m], scores[m] + slot);
@@ -1072,59 +1111,108 @@ void remember(const Thread& me, const Block& block, const Step& s) {
     for (int64_t item = me.index; item < s.rows * s.tokens * s.kv_heads; item += me.count) {
         int64_t token = item / s.kv_heads, head = item % s.kv_heads, row = token / s.tokens;
         int64_t position = s.starts[row] + token % s.tokens, at = ((row * s.kv_heads + head) * s.slots + position) * D;
-        float* key = s.qkv + token * width + (s.heads + head) * D;
-        rotate(key, s.cos + position * D / 2, s.sin + position * D / 2, D / 2);
-        write<W>(block.keys, at, key, D);
-        write<W>(block.values, at, key + s.kv_heads * D, D);
+        const float *key = s.qkv + token * width + (s.heads + head) * D, *value = key + s.kv_heads * D;
+        auto* keys = static_cast<typename W::Number*>(block.keys) + at;
+        auto* values = static_cast<typename W::Number*>(block.values) + at;
+        turned(key, s, position, [&](int64_t d, Floats first, Floats second) {
+            pair_up(first, second);
+            put(keys + d, first), put(keys + d + LANES, second);
+        });
+        for (int64_t d = 0; d < D; d += LANES) put(values + d, load<Floats>(value + d));
     }
 }
 
-// Softmax in one pass (online: arXiv 1805.02867). All queries of a kv head go through its keys and values together, some
-// slots at a time, which are then in the thread's cache.
+// Queries of a kv head, and what they see of a row of the cache, by vectors. Softmax in one pass (online: arXiv
+// 1805.02867). All go through the keys and values together, some slots at a time, which are then in the thread's cache.
 template <class W>
-void look(const Thread& me, const Block& block, const Step& s) {
-    int64_t D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D, group = s.heads / s.kv_heads, all = group * s.tokens;
+struct Queries {
+    int64_t D;
+    const uint8_t *keys, *values;
+    std::vector<float> room;
+    std::vector<Query> queries;
+
+    void begin(int64_t head_dim, int64_t count, const void* own_keys, const void* own_values) {
+        D = head_dim, keys = static_cast<const uint8_t*>(own_keys), values = static_cast<const uint8_t*>(own_values);
+        float* q = lines(room, 2 * count * D);
+        queries.clear();
+        for (int64_t i = 0; i < count; i++, q += 2 * D) {
+            std::fill(q + D, q + 2 * D, 0.0f);
+            queries.push_back({q, 0, q + D, NEVER, 0});
+        }
+    }
+
+    // LANES pairs of a query's numbers, from d on; it sees so many slots, no fewer than the one before it.
+    void bring(int64_t query, int64_t d, Floats first, Floats second, int64_t seen) {
+        const float scale = 1 / std::sqrt(float(D));
+        if (!W::BY_PAIRS) pair_up(first, second);
+        store(queries[query].q + d, first * scale), store(queries[query].q + d + LANES, second * scale);
+        queries[query].seen = seen;
+    }
+
+    void look() {
+        for (int64_t first = 0; first < queries.back().seen; first += AT_ONCE)
+            for (size_t i = 0; i < queries.size();) {
+                auto seen = [&](int64_t query) { return std::min<int64_t>(AT_ONCE, queries[query].seen - first); };
+                const bool beside = i + ROOM <= queries.size() && seen(i) == seen(i + ROOM - 1);
+                const int64_t count = seen(i), next = queries[i].seen - first - count;
+                if (count > 0)
+                    (beside ? attend<W, ROOM> : attend<W, 1>)(&queries[i], keys, values, first, count, next, D);
+                i += beside ? ROOM : 1;
+            }
+    }
+
+    // Calls use(query, d, what it has of the LANES head dimensions from d on).
+    template <class Use>
+    void take(Use use) const {
+        for (size_t i = 0; i < queries.size(); i++)
+            for (int64_t d = 0; d < D; d += 2 * LANES) {
+                const Floats total = all_lanes(&queries[i].total);
+                Floats first = load<Floats>(queries[i].sums + d) / total;
+                Floats second = load<Floats>(queries[i].sums + d + LANES) / total;
+                if (W::BY_PAIRS) pair_up(first, second);
+                use(i, d, first), use(i, d + LANES, second);
+            }
+    }
+};
+
+template <class Queries>
+void look(Thread& me, const Block& block, const Step& s) {
+    static thread_local Queries queries;
+    const int64_t D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D, size = D * (s.cache_kind == FLOAT32 ? 4 : 2);
+    const int64_t group = s.heads / s.kv_heads, all = group * s.tokens;  // queries of a kv head
     int64_t parts = 1;  // of a kv head's queries, where there are more threads than kv heads
     while (s.rows * s.kv_heads * parts < me.count && parts * 2 <= all) parts *= 2;
-    static thread_local std::vector<float> room;
-    static thread_local std::vector<Query> queries;
-    at_least(room, 2 * all * D);
-    for (int64_t item = me.index; item < s.rows * s.kv_heads * parts; item += me.count) {
-        int64_t row = item / (s.kv_heads * parts), kv_head = item / parts % s.kv_heads, part = item % parts;
-        int64_t longest = 0;
-        queries.clear();
-        for (int64_t i = all * part / parts; i < all * (part + 1) / parts; i++) {
-            int64_t head = kv_head * group + i % group, token = row * s.tokens + i / group;
-            int64_t position = s.starts[row] + i / group;
-            float *q = s.qkv + token * width + head * D, *placed = room.data() + 2 * i * D;
-            rotate(q, s.cos + position * D / 2, s.sin + position * D / 2, D / 2);
-            for (int64_t step = 0; step < D / W::STEP; step++)
-                for (int v = 0; v < W::VECTORS; v++)
-                    for (int lane = 0; lane < LANES; lane++)
-                        placed[step * W::STEP + v * LANES + lane] =
-                            q[step * W::STEP + W::column(v, lane)] * (1 / std::sqrt(float(D)));
-            std::fill(placed + D, placed + 2 * D, 0.0f);
-            queries.push_back({placed, position + 1, placed + D, s.mixed + (token * s.heads + head) * D, NEVER, 0});
-            longest = std::max(longest, position + 1);
+    const int64_t items = s.rows * s.kv_heads * parts;
+    me.share_out((items + me.count - 1) / me.count, [&](int64_t whose, int64_t i) {
+        const int64_t item = i * me.count + whose, kv_head = item / parts % s.kv_heads, row = item / (s.kv_heads * parts);
+        if (item >= items) return;
+        const int64_t begin = all * (item % parts) / parts, count = all * (item % parts + 1) / parts - begin;
+        auto head = [&](int64_t query) { return kv_head * group + (begin + query) % group; };
+        auto t = [&](int64_t query) { return (begin + query) / group; };
+        const int64_t from = (row * s.kv_heads + kv_head) * s.slots * size;
+        queries.begin(D, count, static_cast<const uint8_t*>(block.keys) + from,
+                      static_cast<const uint8_t*>(block.values) + from);
+        for (int64_t query = 0; query < count; query++) {
+            const int64_t position = s.starts[row] + t(query);
+            const float* q = s.qkv + (row * s.tokens + t(query)) * width + head(query) * D;
+            turned(q, s, position, [&](int64_t d, Floats first, Floats second) {
+                queries.bring(query, d, first, second, position + 1);
+            });
         }
-        int64_t from = (row * s.kv_heads + kv_head) * s.slots * W::bytes(D);
-        const auto *keys = static_cast<const uint8_t*>(block.keys) + from;
-        const auto *values = static_cast<const uint8_t*>(block.values) + from;
-        for (int64_t first = 0; first < longest; first += AT_ONCE)
-            for (size_t i = 0; i < queries.size();) {
-                Query* query = &queries[i];
-                const bool beside = i + ROOM <= queries.size() && query->seen == query[ROOM - 1].seen;  // all of a token
-                const int64_t rest = query->seen - first, count = std::min<int64_t>(AT_ONCE, rest);
-                i += beside ? ROOM : 1;
-                if (rest > 0) (beside ? attend<W, ROOM> : attend<W, 1>)(query, keys, values, first, count, rest - count, D);
-            }
-        for (const Query& query : queries)
-            for (int64_t step = 0; step < D / W::STEP; step++)
-                for (int v = 0; v < W::VECTORS; v++)
-                    for (int lane = 0; lane < LANES; lane++)
-                        query.out[step * W::STEP + W::column(v, lane)] =
-                            query.sums[step * W::STEP + v * LANES + lane] / query.total;
-    }
+        queries.look();
+        queries.take([&](int64_t query, int64_t d, Floats numbers) {
+            if (query < count) store(s.mixed + ((row * s.tokens + t(query)) * s.heads + head(query)) * D + d, numbers);
+        });
+    });
+}
+
+void look(Thread& me, const Block& block, const Step& s) {
+    if (s.cache_kind == FLOAT32) return look<Queries<Float32Cache>>(me, block, s);
+#ifdef HAS_TILES
+    // By how many heads share a key, and not by how many tokens there are: a token's numbers don't depend on those beside it.
+    if (s.heads / s.kv_heads >= 4 && s.head_dim % 32 == 0 && may_use_tiles()) return look<TiledQueries>(me, block, s);
+#endif
+    look<Queries<Bfloat16Cache>>(me, block, s);
 }
 
 // Of `count` numbers, each gate's silu times its value, to where the gate was.
@@ -1144,8 +1232,7 @@ void attention(Thread& me, const Block& block, const Step& s, const float* x, Ta
     product(me, block.wqkv, normed, n, {s.qkv, (s.heads + 2 * s.kv_heads) * D, false});
     s.cache_kind == FLOAT32 ? remember<Float32Cache>(me, block, s) : remember<Bfloat16Cache>(me, block, s);
 #pragma omp barrier
-    s.cache_kind == FLOAT32 ? look<Float32Cache>(me, block, s) : look<Bfloat16Cache>(me, block, s);
-#pragma omp barrier
+    look(me, block, s);
     product(me, block.wo, s.mixed, n, target);
 }
 

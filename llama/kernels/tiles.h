@@ -472,11 +472,11 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
     }
 }
 
-// A prompt's attention ------------------------------------------------------------------------------------------------
+// Attention -----------------------------------------------------------------------------------------------------------
 //
-// As kernels.cpp's `Attention` has it, of bfloat16. Sixteen tokens of a head are the lanes: keys (rows of a tile) times their
-// queries are scores by slot and token, so that a softmax is made of whole vectors, and its weights, two slots in a word,
-// are the second factor for the values, which are turned so that their rows are head dimensions.
+// As kernels.cpp has it, over a cache of bfloat16. Sixteen queries are the lanes: keys (rows of a tile) times them are scores
+// by slot and query, so that a softmax is made of whole vectors, and its weights, two slots in a word, are the second factor
+// for the values, which are turned so that their rows are head dimensions.
 
 // 2^x as weights of bfloat16 need it, within 2^-13.7 of it; 0 where that is less than a float32 has.
 inline Floats power_of_two(Floats x) {
@@ -502,59 +502,98 @@ inline Words in_pairs(Floats one, Floats next) {
 #endif
 }
 
-struct TiledAttention {
+// Queries of a kv head, and what they see of a row of the cache.
+struct TiledQueries {
     static constexpr int64_t AT_A_TIME = 256;  // slots
-    const Prompt& p;
-    const int64_t D = p.head_dim, group = p.heads / p.kv_heads, steps = D / 32, rows = D / 16;
+    int64_t D, count, steps, rows, sixteens;
+    const uint16_t *keys, *values;
     std::vector<uint8_t> room;
-    std::vector<float> sums, most, total;  // of each sixteen tokens of a head: (D, 16), (16) and (16)
-    uint8_t *queries, *values, *weights, *last_keys;
-    explicit TiledAttention(const Prompt& prompt) : p(prompt) {}
+    std::vector<uint16_t> numbers;         // (16, D): queries that are not laid out yet
+    std::vector<int32_t> ends;             // how many slots each query sees
+    std::vector<float> sums, most, total;  // of each sixteen: (D, 16), (16) and (16)
+    uint8_t *laid_out, *turned_values, *weights, *last_keys;
 
-    // Slots of values, 32 at a time, as tiles of 16 head dimensions by 32 slots; those that are not there are 0.
-    void lay_out_values(const uint16_t* from, int64_t count) {
-        for (int64_t first = 0; first < count; first += 32)
-            for (int64_t d = 0; d < D; d += 16) {
-                Words v[16];
-#pragma GCC unroll 16
-                for (int k = 0; k < 16; k++) {
-                    const uint16_t* at = from + (first + 2 * k) * D + d;
-                    Words one = first + 2 * k < count ? __builtin_convertvector(load<Narrow>(at), Words) : Words{};
-                    Words next = first + 2 * k + 1 < count ? __builtin_convertvector(load<Narrow>(at + D), Words) : Words{};
-                    v[k] = one | next << 16;
-                }
-                transpose<8>(v);
-                std::memcpy(values + (first / 32 * rows + d / 16) * TILE, v, TILE);
-            }
+    void begin(int64_t head_dim, int64_t queries, const void* own_keys, const void* own_values) {
+        D = head_dim, count = queries, steps = D / 32, rows = D / 16, sixteens = (count + 15) / 16;
+        keys = static_cast<const uint16_t*>(own_keys), values = static_cast<const uint16_t*>(own_values);
+        ask_for(values);
+        laid_out = lines(room, (sixteens * steps + AT_A_TIME / 32 * (rows + 1)) * TILE + 64 * D);
+        turned_values = laid_out + sixteens * steps * TILE, weights = turned_values + AT_A_TIME / 32 * rows * TILE;
+        last_keys = weights + AT_A_TIME / 32 * TILE;
+        ends.assign(sixteens * 16, 0);
+        sums.assign(sixteens * D * 16, 0), most.assign(sixteens * 16, NEVER), total.assign(sixteens * 16, 0);
     }
 
-    // Sixteen tokens of a head, the first of which sees `seen` of `count` slots, and each one more than the last.
-    void meet(int64_t sixteen, const uint16_t* keys, int64_t seen, int64_t count) {
-        alignas(64) float scores[AT_A_TIME * 16];
-        const uint8_t* q = queries + sixteen * steps * TILE;
-        for (int64_t slot = 0; slot < count; slot += 16) {
-            const void* from = keys + slot * D;
-            if (slot + 16 > count) from = std::memcpy(last_keys, from, 2 * D * (count - slot));
-            clear_tile<0>();
-            for (int64_t s = 0; s < steps; s++) {
-                load_tile<4>(static_cast<const uint8_t*>(from) + s * 64, 2 * D), load_tile<6>(q + s * TILE, 64);
-                multiply_bfloat16<0, 4, 6>();
+    // The queries of a sixteen, `some` of them, which are `stride` bytes apart.
+    void bring(int64_t sixteen, const uint16_t* from, int64_t stride, int64_t some) {
+        lay_out<16>(reinterpret_cast<const uint8_t*>(from), stride, 2 * D, laid_out + sixteen * steps * TILE, some);
+    }
+
+    // LANES pairs of a query's numbers, from d on; it sees so many slots, no fewer than the one before it.
+    void bring(int64_t query, int64_t d, Floats first, Floats second, int64_t seen) {
+        at_least(numbers, 16 * D);
+        uint16_t* to = numbers.data() + query % 16 * D + d;
+        pair_up(first, second);
+        put(to, first), put(to + LANES, second);
+        if (d == 0) std::fill(ends.begin() + query, ends.end(), int32_t(seen));  // and those that fill up the sixteen
+        if (d + 2 * LANES == D && (query % 16 == 15 || query == count - 1))
+            bring(query / 16, numbers.data(), 2 * D, query % 16 + 1);
+    }
+
+    void ask_for(const uint16_t* slots) const {  // 32 of them
+        for (int64_t i = 0; i < 32 * D; i += 32) __builtin_prefetch(slots + i);
+    }
+
+    // Slots of values, 32 at a time, as tiles of 16 head dimensions by 32 slots: of 32 dimensions the even ones, then the odd
+    // ones. Slots that are not there are 0. The next ones are asked for meanwhile, and at the end `soon`.
+    void turn_values(const uint16_t* from, int64_t there, const uint16_t* soon) {
+        uint8_t* to = turned_values;
+        for (int64_t first = 0; first < there; first += 32) {
+            ask_for(first + 32 < there ? from + (first + 32) * D : soon);
+            for (int64_t d = 0; d < D; d += 32, to += 2 * TILE) {
+                Words even[16], odd[16];
+#pragma GCC unroll 16
+                for (int k = 0; k < 16; k++) {
+                    const int64_t slot = first + 2 * k;
+                    const Words one = slot < there ? load<Words>(from + slot * D + d) : Words{};
+                    const Words next = slot + 1 < there ? load<Words>(from + (slot + 1) * D + d) : Words{};
+                    even[k] = (one & 0xffffu) | next << 16, odd[k] = one >> 16 | (next & 0xffff0000u);
+                }
+                transpose<8>(even), transpose<8>(odd);
+                std::memcpy(to, even, TILE), std::memcpy(to + TILE, odd, TILE);
             }
-            store_tile<0>(scores + slot * 16, 64);
+        }
+    }
+
+    // A sixteen meets `there` slots, of which its queries see those before their `end`. The next are asked for as above.
+    void meet(int64_t sixteen, const uint16_t* from, Ints end, int64_t there, const uint16_t* soon) {
+        alignas(64) float scores[AT_A_TIME * 16];
+        const uint8_t* q = laid_out + sixteen * steps * TILE;
+        for (int64_t slot = 0; slot < there; slot += 32) {
+            const void* here = from + slot * D;
+            if (slot + 32 < there) ask_for(from + (slot + 32) * D);
+            else if (soon) ask_for(soon);
+            if (slot + 32 > there) here = std::memcpy(last_keys, here, 2 * D * (there - slot));
+            clear_tile<0>(), clear_tile<1>();
+            for (int64_t s = 0; s < steps; s++) {
+                const auto* step = static_cast<const uint8_t*>(here) + s * 64;
+                load_tile<6>(q + s * TILE, 64), load_tile<4>(step, 2 * D), load_tile<5>(step + 32 * D, 2 * D);
+                multiply_bfloat16<0, 4, 6>(), multiply_bfloat16<1, 5, 6>();
+            }
+            store_tile<0>(scores + slot * 16, 64), store_tile<1>(scores + slot * 16 + 256, 64);
         }
         // A weight is 2 to the power of its score, in units that make it e to that over the root of D.
         const Floats zero = {}, never = zero + NEVER, before = load<Floats>(&most[sixteen * 16]);
         const Floats unit = zero + 1.44269504f / std::sqrt(float(D));
-        Ints ends;  // which slots a token doesn't see any more
-        for (int lane = 0; lane < LANES; lane++) ends[lane] = int32_t(seen + lane);
-        const int64_t by_all = std::clamp<int64_t>(seen, 0, count) / 2 * 2;  // slots
+        const int64_t by_all = std::clamp<int64_t>(end[0], 0, there) / 2 * 2;  // slots that all see
         auto score = [&](int64_t slot) { return load<Floats>(scores + slot * 16); };
-        Floats highest = before, added = {};
-        for (int64_t slot = 0; slot < by_all; slot++) highest = score(slot) > highest ? score(slot) : highest;
-        for (int64_t slot = by_all; slot < count; slot++) {
-            Floats here = ends > int32_t(slot) ? score(slot) : never;
-            highest = here > highest ? here : highest;
-        }
+        auto higher = [](Floats a, Floats b) { return a > b ? a : b; };
+        Floats highest = before, second = never, added = {};
+        for (int64_t slot = 0; slot < by_all; slot += 2)
+            highest = higher(score(slot), highest), second = higher(score(slot + 1), second);
+        highest = higher(second, highest);
+        for (int64_t slot = by_all; slot < there; slot++)
+            highest = higher(end > int32_t(slot) ? score(slot) : never, highest);
         const Floats offset = zero - highest * unit;
         auto weight = [&](int64_t slot) { return power_of_two(add_product(offset, score(slot), unit)); };
         auto put_pair = [&](int64_t slot, Floats one, Floats next) {
@@ -563,15 +602,16 @@ struct TiledAttention {
             std::memcpy(weights + slot * 32, &pair, 64);
         };
         for (int64_t slot = 0; slot < by_all; slot += 2) put_pair(slot, weight(slot), weight(slot + 1));
-        for (int64_t slot = by_all; slot < (count + 31) / 32 * 32; slot += 2) {
+        for (int64_t slot = by_all; slot < (there + 31) / 32 * 32; slot += 2) {
             Floats two[2] = {};
             for (int i = 0; i < 2; i++)
-                if (slot + i < count) two[i] = ends > int32_t(slot + i) ? weight(slot + i) : zero;
+                if (slot + i < there) two[i] = end > int32_t(slot + i) ? weight(slot + i) : zero;
             put_pair(slot, two[0], two[1]);
         }
         float* sum = &sums[sixteen * D * 16];
         if (std::memcmp(&before, &highest, sizeof before) != 0) {
-            const Floats fade = power_of_two(add_product(offset, before, unit));
+            Floats fade = power_of_two(add_product(offset, before, unit));
+            fade = before == highest ? zero + 1.0f : fade;
             for (int64_t i = 0; i < D * 16; i += 16) store(sum + i, load<Floats>(sum + i) * fade);
             store(&most[sixteen * 16], highest);
             added += load<Floats>(&total[sixteen * 16]) * fade;
@@ -581,8 +621,8 @@ struct TiledAttention {
         store(&total[sixteen * 16], added);
         for (int64_t d = 0; d < rows; d += 2, sum += 512) {
             load_tile<0>(sum, 64), load_tile<1>(sum + 256, 64);
-            for (int64_t slot = 0; slot < count; slot += 32) {
-                const uint8_t* v = values + (slot / 32 * rows + d) * TILE;
+            for (int64_t slot = 0; slot < there; slot += 32) {
+                const uint8_t* v = turned_values + (slot / 32 * rows + d) * TILE;
                 load_tile<6>(weights + slot * 32, 64), load_tile<4>(v, 64), load_tile<5>(v + TILE, 64);
                 multiply_bfloat16<0, 4, 6>(), multiply_bfloat16<1, 5, 6>();
             }
@@ -590,44 +630,66 @@ struct TiledAttention {
         }
     }
 
-    // Tokens first to last of a row, by the query heads of a kv head.
-    void operator()(int64_t row, int64_t kv_head, int64_t first, int64_t last) {
-        const int64_t tokens = last - first, start = p.starts[row] + first, end = p.starts[row] + last;
-        const int64_t sixteens = (tokens + 15) / 16, all = group * sixteens;
-        queries = lines(room, (all * steps + AT_A_TIME / 32 * rows + AT_A_TIME / 32) * TILE + 32 * D);
-        values = queries + all * steps * TILE, weights = values + AT_A_TIME / 32 * rows * TILE;
-        last_keys = weights + AT_A_TIME / 32 * TILE;
-        sums.assign(all * D * 16, 0), most.assign(all * 16, NEVER), total.assign(all * 16, 0);
-        const auto* q = static_cast<const uint16_t*>(p.q) + row * p.q_row + kv_head * group * p.q_head + first * p.q_token;
-        for (int64_t i = 0; i < all; i++) {
-            const int64_t token = i % sixteens * 16;
-            lay_out<16>(reinterpret_cast<const uint8_t*>(q + i / sixteens * p.q_head + token * p.q_token), 2 * p.q_token, 2 * D,
-                        queries + i * steps * TILE, std::min<int64_t>(16, tokens - token));
-        }
-        const int64_t of_head = row * p.kv_row + kv_head * p.kv_head;
-        const auto* own_keys = static_cast<const uint16_t*>(p.keys) + of_head;
-        const auto* own_values = static_cast<const uint16_t*>(p.values) + of_head;
+    void look() {
         begin_tiles(Shapes());
-        for (int64_t slot = 0; slot < end; slot += AT_A_TIME) {
-            const int64_t there = std::min(AT_A_TIME, end - slot);
-            lay_out_values(own_values + slot * D, there);
-            for (int64_t i = 0; i < all; i++) {
-                const int64_t seen = start + i % sixteens * 16 + 1 - slot, count = std::min(there, seen + 15);
-                if (count > 0) meet(i, own_keys + slot * D, seen, count);
+        for (int64_t slot = 0; slot < ends.back(); slot += AT_A_TIME) {
+            const int64_t there = std::min<int64_t>(AT_A_TIME, ends.back() - slot), next = slot + AT_A_TIME;
+            turn_values(values + slot * D, there, keys + slot * D);
+            for (int64_t i = 0; i < sixteens; i++) {
+                const Ints end = load<Ints>(&ends[i * 16]) - int32_t(slot);
+                const uint16_t* soon = i == 0 && next < ends.back() ? values + next * D : nullptr;
+                const int64_t seen = std::min<int64_t>(there, end[15]);
+                if (seen > 0) meet(i, keys + slot * D, end, seen, soon);
             }
         }
         end_tiles();
-        for (int64_t i = 0; i < all; i++) {
-            const int64_t token = first + i % sixteens * 16, head = kv_head * group + i / sixteens;
-            for (int64_t d = 0; d < D; d += 16) {
-                Words v[16];
+    }
+
+    // Calls use(query, d, what it has of the LANES head dimensions from d on).
+    template <class Use>
+    void take(Use use) const {
+        for (int64_t i = 0; i < sixteens; i++)
+            for (int64_t d = 0; d < D; d += 32) {
+                const Floats whole = load<Floats>(&total[i * 16]);
+                auto numbers = [&](int64_t row) { return Words(load<Floats>(&sums[(i * D + d + row) * 16]) / whole); };
+                Words even[16], odd[16];
 #pragma GCC unroll 16
-                for (int k = 0; k < 16; k++) v[k] = Words(load<Floats>(&sums[(i * D + d + k) * 16]) / load<Floats>(&total[i * 16]));
-                transpose<8>(v);
-                for (int64_t j = 0; j < 16 && token + j < last; j++)
-                    put(static_cast<uint16_t*>(p.out) + ((row * p.tokens + token + j) * p.heads + head) * D + d, Floats(v[j]));
+                for (int k = 0; k < 16; k++) even[k] = numbers(k), odd[k] = numbers(16 + k);
+                transpose<8>(even), transpose<8>(odd);
+                for (int64_t j = 0; j < 16; j++) {
+                    Floats first = Floats(even[j]), second = Floats(odd[j]);
+                    pair_up(first, second);
+                    use(i * 16 + j, d, first), use(i * 16 + j, d + 16, second);
+                }
             }
+    }
+};
+
+struct TiledAttention {
+    const Prompt& p;
+    const int64_t group = p.heads / p.kv_heads;
+    TiledQueries queries;
+    explicit TiledAttention(const Prompt& prompt) : p(prompt) {}
+
+    // Tokens first to last of a row, by the query heads of a kv head: of each, sixteen tokens together.
+    void operator()(int64_t row, int64_t kv_head, int64_t first, int64_t last) {
+        const int64_t tokens = last - first, sixteens = (tokens + 15) / 16, of_head = row * p.kv_row + kv_head * p.kv_head;
+        const auto* q = static_cast<const uint16_t*>(p.q) + row * p.q_row + kv_head * group * p.q_head + first * p.q_token;
+        queries.begin(p.head_dim, group * sixteens * 16, static_cast<const uint16_t*>(p.keys) + of_head,
+                      static_cast<const uint16_t*>(p.values) + of_head);
+        for (int64_t i = 0; i < group * sixteens; i++) {
+            const int64_t token = i % sixteens * 16;
+            for (int64_t j = 0; j < 16; j++)
+                queries.ends[i * 16 + j] = int32_t(p.starts[row] + first + std::min(token + j + 1, tokens));
+            queries.bring(i, q + i / sixteens * p.q_head + token * p.q_token, 2 * p.q_token,
+                          std::min<int64_t>(16, tokens - token));
         }
+        queries.look();
+        queries.take([&](int64_t i, int64_t d, Floats numbers) {
+            const int64_t token = first + i % (sixteens * 16), head = kv_head * group + i / (sixteens * 16);
+            auto* out = static_cast<uint16_t*>(p.out) + ((row * p.tokens + token) * p.heads + head) * p.head_dim;
+            if (token < last) put(out + d, numbers);
+        });
     }
 };
 #endif

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import torch
+from torch import Tensor
 
 from llama.kernels import library
 
@@ -54,3 +57,20 @@ def lanes(
 def tiles(compiled_for: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = compiled_for("tiles")
     monkeypatch.setattr(library, "load", lambda: compiled)
+
+
+@pytest.fixture
+def before_a_wall() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies of tensors whose memory ends where a page does; the next page may not be read."""
+    libc, walls = ctypes.CDLL(None), []
+
+    def copied(tensor: Tensor) -> Tensor:
+        end = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        area = torch.frombuffer(mmap.mmap(-1, end + mmap.PAGESIZE), dtype=torch.uint8)
+        walls.append((area, ctypes.c_void_p(area.data_ptr() + end)))
+        assert libc.mprotect(walls[-1][1], mmap.PAGESIZE, 0) == 0
+        return area[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    yield copied
+    for _, wall in walls:
+        libc.mprotect(wall, mmap.PAGESIZE, 3)
