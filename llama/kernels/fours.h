@@ -161,6 +161,8 @@ void place_among(const Matrix& m, const float* x, int64_t number, int64_t vector
     }
 }
 
+inline Floats all_lanes(const float* number) { return Floats(Words{} + load<uint32_t>(number)); }
+
 // LANES rows, `apart` from each other, times X vectors: each pair adds up in the same order, however many there are. Of one
 // or two vectors the rows' own next bytes are asked for; of more what lies at `ahead`, `more` for each 32 columns.
 template <class K, int X>

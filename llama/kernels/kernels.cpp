@@ -115,9 +115,6 @@ inline V once(V v) {
     return v;
 }
 
-// (Floats{} plus a number would cost an addition.)
-inline Floats all_lanes(const float* number) { return Floats(Words{} + load<uint32_t>(number)); }
-
 inline void store(float* at, Floats v) { std::memcpy(at, &v, sizeof v); }
 
 // In one instruction, rounded once, in every tile: GCC takes two where it finds them quicker.
@@ -1166,9 +1163,8 @@ struct Queries {
     void take(Use use) const {
         for (size_t i = 0; i < queries.size(); i++)
             for (int64_t d = 0; d < D; d += 2 * LANES) {
-                const Floats total = all_lanes(&queries[i].total);
-                Floats first = load<Floats>(queries[i].sums + d) / total;
-                Floats second = load<Floats>(queries[i].sums + d + LANES) / total;
+                const float one = 1 / queries[i].total;
+                Floats first = load<Floats>(queries[i].sums + d) * one, second = load<Floats>(queries[i].sums + d + LANES) * one;
                 if (W::BY_PAIRS) pair_up(first, second);
                 use(i, d, first), use(i, d + LANES, second);
             }
@@ -1217,13 +1213,13 @@ void look(Thread& me, const Block& block, const Step& s) {
 
 // Of `count` numbers, each gate's silu times its value, to where the gate was.
 void gate(float* gates, const float* values, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const size_t bytes = 4 * std::min<int64_t>(LANES, count - i);
-        Floats g = {}, value = {};
-        std::memcpy(&g, gates + i, bytes), std::memcpy(&value, values + i, bytes);
-        g = silu(g) * value;
-        std::memcpy(gates + i, &g, bytes);
-    }
+    const int64_t whole = count / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) store(gates + i, silu(load<Floats>(gates + i)) * load<Floats>(values + i));
+    if (whole == count) return;
+    float rest[2][LANES] = {};
+    std::copy(gates + whole, gates + count, rest[0]), std::copy(values + whole, values + count, rest[1]);
+    store(rest[0], silu(load<Floats>(rest[0])) * load<Floats>(rest[1]));
+    std::copy(rest[0], rest[0] + (count - whole), gates + whole);
 }
 
 void attention(Thread& me, const Block& block, const Step& s, const float* x, Target target) {

@@ -650,8 +650,8 @@ struct TiledQueries {
     void take(Use use) const {
         for (int64_t i = 0; i < sixteens; i++)
             for (int64_t d = 0; d < D; d += 32) {
-                const Floats whole = load<Floats>(&total[i * 16]);
-                auto numbers = [&](int64_t row) { return Words(load<Floats>(&sums[(i * D + d + row) * 16]) / whole); };
+                const Floats one = 1.0f / load<Floats>(&total[i * 16]);
+                auto numbers = [&](int64_t row) { return Words(load<Floats>(&sums[(i * D + d + row) * 16]) * one); };
                 Words even[16], odd[16];
 #pragma GCC unroll 16
                 for (int k = 0; k < 16; k++) even[k] = numbers(k), odd[k] = numbers(16 + k);
