@@ -1197,7 +1197,7 @@ void look(Thread& me, const Block& block, const Step& s) {
         }
         queries.look();
         queries.take([&](int64_t query, int64_t d, Floats numbers) {
-            if (query < count) store(s.mixed + ((row * s.tokens + t(query)) * s.heads + head(query)) * D + d, numbers);
+            store(s.mixed + ((row * s.tokens + t(query)) * s.heads + head(query)) * D + d, numbers);
         });
     });
 }

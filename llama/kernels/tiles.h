@@ -520,7 +520,7 @@ struct TiledQueries {
         laid_out = lines(room, (sixteens * steps + AT_A_TIME / 32 * (rows + 1)) * TILE + 64 * D);
         turned_values = laid_out + sixteens * steps * TILE, weights = turned_values + AT_A_TIME / 32 * rows * TILE;
         last_keys = weights + AT_A_TIME / 32 * TILE;
-        ends.assign(sixteens * 16, 0);
+        at_least(numbers, 16 * D), ends.assign(sixteens * 16, 0);
         sums.assign(sixteens * D * 16, 0), most.assign(sixteens * 16, NEVER), total.assign(sixteens * 16, 0);
     }
 
@@ -531,10 +531,8 @@ struct TiledQueries {
 
     // LANES pairs of a query's numbers, from d on; it sees so many slots, no fewer than the one before it.
     void bring(int64_t query, int64_t d, Floats first, Floats second, int64_t seen) {
-        at_least(numbers, 16 * D);
-        uint16_t* to = numbers.data() + query % 16 * D + d;
-        pair_up(first, second);
-        put(to, first), put(to + LANES, second);
+        const Words pairs = in_pairs(first, second);
+        std::memcpy(numbers.data() + query % 16 * D + d, &pairs, sizeof pairs);
         if (d == 0) std::fill(ends.begin() + query, ends.end(), int32_t(seen));  // and those that fill up the sixteen
         if (d + 2 * LANES == D && (query % 16 == 15 || query == count - 1))
             bring(query / 16, numbers.data(), 2 * D, query % 16 + 1);
@@ -610,8 +608,8 @@ struct TiledQueries {
         }
         float* sum = &sums[sixteen * D * 16];
         if (std::memcmp(&before, &highest, sizeof before) != 0) {
-            Floats fade = power_of_two(add_product(offset, before, unit));
-            fade = before == highest ? zero + 1.0f : fade;
+            // Not of a query whose highest stays: as power_of_two has it, 2^0 is a little less than 1.
+            const Floats fade = before == highest ? zero + 1.0f : power_of_two(add_product(offset, before, unit));
             for (int64_t i = 0; i < D * 16; i += 16) store(sum + i, load<Floats>(sum + i) * fade);
             store(&most[sixteen * 16], highest);
             added += load<Floats>(&total[sixteen * 16]) * fade;
@@ -656,7 +654,7 @@ struct TiledQueries {
 #pragma GCC unroll 16
                 for (int k = 0; k < 16; k++) even[k] = numbers(k), odd[k] = numbers(16 + k);
                 transpose<8>(even), transpose<8>(odd);
-                for (int64_t j = 0; j < 16; j++) {
+                for (int64_t j = 0; j < std::min<int64_t>(16, count - i * 16); j++) {
                     Floats first = Floats(even[j]), second = Floats(odd[j]);
                     pair_up(first, second);
                     use(i * 16 + j, d, first), use(i * 16 + j, d + 16, second);

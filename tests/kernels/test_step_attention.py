@@ -82,10 +82,8 @@ class Inputs:
         q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k))
         keys, values = (store.double().nan_to_num() for store in (self.keys, self.values))
         for row, start in enumerate(self.starts):
-            keys[row, :, start : start + T], values[row, :, start : start + T] = (
-                k[row].transpose(0, 1),
-                v[row].transpose(0, 1),
-            )
+            keys[row, :, start : start + T] = k[row].transpose(0, 1)
+            values[row, :, start : start + T] = v[row].transpose(0, 1)
         scores = torch.einsum("btkgd,bksd->bkgts", q.unflatten(2, (K, -1)), keys) / D**0.5
         weights = scores.masked_fill(torch.arange(S) > position[:, None, None, :, None], -torch.inf).softmax(-1)
         return torch.einsum("bkgts,bksd->btkgd", weights, values).reshape(B, T, dim)
