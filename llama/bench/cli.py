@@ -106,6 +106,7 @@ VARIANTS: dict[str, Variant] = {
     "int4": Variant(partial(_quantize_, "int4"), bits=5),  # groups of 32, each with two more numbers of 16 bits
     "int4:128": Variant(partial(_quantize_, "int4:128"), bits=4.25),
     "int8-dynamic": Variant(partial(_quantize_, "int8-dynamic"), bits=8, arithmetic="int8"),
+    "int4-dynamic": Variant(partial(_quantize_, "int4-dynamic"), bits=5),
     "nf4": Variant(partial(_quantize_, "nf4"), bits=4.25),
     "compile": Variant(settle_=_compile_),
     "lookup": Variant(lookup=8),

@@ -40,7 +40,6 @@ import torch
 from llama.config import ModelArgs
 from llama.interop.layout import shard_shapes
 
-Quantization = Literal["int8", "int8-dynamic", "int4", "int4:32", "int4:64", "int4:128", "nf4"]
 QUANTIZATIONS: dict[str, tuple[int, int | None, int]] = {
     "int8": (8, None, 2),
     "int8-dynamic": (8, None, 2),
@@ -48,6 +47,10 @@ QUANTIZATIONS: dict[str, tuple[int, int | None, int]] = {
     "int4:32": (4, 32, 4),
     "int4:64": (4, 64, 4),
     "int4:128": (4, 128, 4),
+    "int4-dynamic": (4, 32, 4),
+    "int4-dynamic:32": (4, 32, 4),
+    "int4-dynamic:64": (4, 64, 4),
+    "int4-dynamic:128": (4, 128, 4),
     "nf4": (4, 64, 2),
 }
 """Bits of a weight's code, how many weights of a row have a scale (None: all; with a zero point or without), and its
@@ -66,7 +69,8 @@ class Settings:
     """Of the weights and activations."""
     kv_dtype: torch.dtype | None = None
     """Of the cache; None: as `dtype`. int8 has scales besides."""
-    quantize: Quantization | None = None
+    quantize: str | None = None
+    """One of QUANTIZATIONS."""
     prefill_chunk: int = 512
     device: Device = "cuda"
 

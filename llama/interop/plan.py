@@ -21,7 +21,7 @@ from fire.decorators import SetParseFns
 from llama.checkpoint import Weights
 from llama.config import PRESETS, ModelArgs
 from llama.interop.layout import read_args
-from llama.interop.memory import Device, Plan, Quantization, Settings, plan
+from llama.interop.memory import Device, Plan, Settings, plan
 from llama.parallel import DTYPES, Ranks
 
 USABLE = 0.95
@@ -153,7 +153,7 @@ def require(
         return
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
     scheme = quantize or getattr(checkpoint, "scheme", None)
-    kept = cast("Quantization | None", None if scheme is None else str(scheme))
+    kept = None if scheme is None else str(scheme)
     planned = plan(args, Settings(ranks.world_size, dtype, None, kept, prefill_chunk, device))
     if USABLE * planned.total > free:
         near = alternatives(planned, free)
@@ -225,7 +225,7 @@ def command(
         model_parallel_size: ranks that share the model.
         dtype: float32, bfloat16 or float16 (default: bfloat16, on a CPU float32).
         kv_dtype: of the cache, also float8 or int8 (default: as dtype).
-        quantize: int8, int8-dynamic, int4 (or int4:64, int4:128) or nf4 weights.
+        quantize: int8, int8-dynamic, int4 (int4:64, int4:128), int4-dynamic or nf4 weights.
         device_memory: of each rank, as 80GB or 79.6GiB (default: what is free here, if the device is).
         prefill_chunk: tokens of each row that are read at once.
         device: cuda or cpu.
@@ -235,7 +235,7 @@ def command(
         model_parallel_size,
         _dtype(dtype or ("float32" if device == "cpu" else "bfloat16"), "dtype", DTYPES),
         None if kv_dtype is None else _dtype(kv_dtype, "kv_dtype", KV_DTYPES),
-        cast("Quantization | None", quantize),
+        quantize,
         prefill_chunk,
         cast("Device", device),
     )

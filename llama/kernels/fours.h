@@ -3,7 +3,8 @@
 // Groups of 32 columns and more have a scale each, so their sums are short, and to scale and to add up each by itself takes
 // as long as its products. Therefore lanes are rows here: of sixteen rows sixteen bytes each are read, 32 columns, and turned
 // over into four vectors of a word of every row. The sum over a group stays in its lane, and is scaled together with those of
-// the other rows. A word of x is the same for all lanes. int4's codes are bytes, and meet x's upper bytes and its lower ones.
+// the other rows. A word of x is the same for all lanes. int4's codes are bytes, and meet x's upper bytes and its lower ones;
+// int4-dynamic's meet x in 8 bits, of which each group has a unit of its own, so that there is half as much to multiply.
 //
 // Several vectors take as long as it takes to multiply, and meet rows that lie beside each other: what comes next is asked
 // for in one stream meanwhile. One or two take as long as memory, which gives more in several streams: then rows are far
@@ -22,18 +23,21 @@ void product_by_rows(Thread& me, const Matrix& m, const float* x, int64_t n, std
 #if defined(MULTIPLIES_BYTES) || defined(EMULATED_TILES)
 
 typedef uint16_t Eight __attribute__((vector_size(16)));
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
+typedef uint64_t Pair __attribute__((vector_size(16)));
 
-// A word of eight weights is multiplied in four vectors of Numbers, by words of x as `words` makes them of eight numbers.
-// Every second one is added up by itself: where these are x's upper bytes and its lower ones (SPLIT), the first sum counts
-// 256 times. A lane has room for the sum of a group.
+// A word of eight weights is multiplied in some vectors of Numbers, by as many words of x, WORDS for 32 columns, as `words`
+// makes them of eight numbers. Every second one is added up by itself: where these are x's upper bytes and its lower ones
+// (SPLIT), the first sum counts 256 times. A lane has room for the sum of a group. Of x, SHARED columns are rounded together,
+// or those of a group (BY_GROUP); its whole numbers have SHIFT bits before them in the words that they come in.
 struct TurnedFours {
     static constexpr int64_t bytes(int64_t columns) { return columns / 2; }
 };
 
 struct TurnedInt4 : TurnedFours {
     using Numbers = Bytes;
-    static constexpr bool OFFSET = true, SPLIT = true;
-    static constexpr int LIMIT = TWO_BYTES;
+    static constexpr bool OFFSET = true, SPLIT = true, BY_GROUP = false;
+    static constexpr int WORDS = 16, LIMIT = TWO_BYTES, SHIFT = 16;
     static constexpr float UNIT = 1;
     // Of sixteen bytes each of every fourth row: their first words, their second ones, and so on.
     static void turn(const Words (&fourth)[4], Words (&words)[4]) {
@@ -47,17 +51,26 @@ struct TurnedInt4 : TurnedFours {
     }
     static Bytes get(Words word, int vector) { return Bytes(vector < 2 ? word : word >> 4) & uint8_t(15); }
     static Eight words(Eight x) {
-        typedef uint8_t Sixteen __attribute__((vector_size(16)));
         const Eight carried = x + uint16_t(128);  // to the upper byte, of a lower one with a sign
         const Sixteen bytes = Sixteen((carried & uint16_t(0xff00)) | (x & uint16_t(255)));
         return Eight(pick<3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12>(bytes, bytes));
     }
 };
 
+struct TurnedInt4Dynamic : TurnedInt4 {
+    static constexpr bool SPLIT = false, BY_GROUP = true;
+    static constexpr int WORDS = 8, LIMIT = 127, SHIFT = 24;
+    static Bytes get(Words word, int vector) { return TurnedInt4::get(word, 2 * vector); }
+    static uint64_t words(Eight x) {
+        const Sixteen bytes = Sixteen(x);
+        return Pair(pick<2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12>(bytes, bytes))[0];
+    }
+};
+
 struct TurnedNf4 : TurnedFours {
     using Numbers = Shorts;
-    static constexpr bool OFFSET = false, SPLIT = false;
-    static constexpr int LIMIT = 16383;  // 64 * 2047 * 16383 < 2^31
+    static constexpr bool OFFSET = false, SPLIT = false, BY_GROUP = false;
+    static constexpr int WORDS = 16, LIMIT = 16383;  // 64 * 2047 * 16383 < 2^31
     static constexpr float UNIT = 1.0f / 2047;
     static constexpr Levels LEVELS{2047};
     // Two bytes of every row, and the next two: a level's bytes are looked up by themselves, and come together between.
@@ -81,6 +94,7 @@ template <int GROUP>
 struct Turned<Int4<GROUP>> {
     static constexpr bool HERE = true;
     using Kind = TurnedInt4;
+    using Dynamic = TurnedInt4Dynamic;
 };
 template <int GROUP>
 struct Turned<Nf4<GROUP>> {
@@ -126,14 +140,15 @@ inline void turn(const uint16_t* rows, int64_t apart, int64_t count, Floats (&nu
     for (int i = 0; i < 8; i++) numbers[i] = Floats(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-// Vectors that are multiplied together, laid out for it: of each 32 columns sixteen words of one after those of the other;
-// then the sums of each group, where there is an offset; then what a 1 is of each SHARED columns.
+// Vectors that are multiplied together, laid out for it: of each 32 columns WORDS words of one after those of the other;
+// then the sums of each group, where there is an offset; then what a 1 is of each SHARED columns, or each group.
 template <class K>
 struct Together {
     int64_t sums, units, size;
     Together(const Matrix& m, int64_t vectors) {
-        sums = m.columns / 2 * vectors, units = sums + (K::OFFSET ? m.columns / m.group * vectors : 0);
-        size = units + (m.columns + SHARED - 1) / SHARED * vectors;
+        const int64_t groups = m.columns / m.group;
+        sums = m.columns / 32 * K::WORDS * vectors, units = sums + (K::OFFSET ? groups * vectors : 0);
+        size = units + (K::BY_GROUP ? groups : (m.columns + SHARED - 1) / SHARED) * vectors;
     }
 };
 
@@ -142,21 +157,23 @@ template <class K>
 void place_among(const Matrix& m, const float* x, int64_t number, int64_t vectors, float* placed) {
     typedef int32_t EightWide __attribute__((vector_size(32)));
     const Together<K> places(m, vectors);
-    float *words = placed + 16 * number, *sums = placed + places.sums + number, *units = placed + places.units + number;
+    float *words = placed + K::WORDS * number, *sums = placed + places.sums + number, *units = placed + places.units + number;
     int32_t numbers[SHARED] = {};
-    for (int64_t shared = 0; shared < m.columns; shared += SHARED, units += vectors) {
-        const int64_t count = std::min(SHARED, m.columns - shared);
+    const int64_t together = K::BY_GROUP ? m.group : SHARED;
+    for (int64_t shared = 0; shared < m.columns; shared += together, units += vectors) {
+        const int64_t count = std::min(together, m.columns - shared);
         *units = round_together(x + shared, count, K::LIMIT, numbers) * K::UNIT;
-        for (int64_t i = 0; i < count; i += 32, words += 16 * vectors)
+        for (int64_t i = 0; i < count; i += 32, words += K::WORDS * vectors)
             for (int k = 0; k < 4; k++) {
-                const Eight eight = K::words(__builtin_convertvector(load<EightWide>(numbers + i + 8 * k), Eight));
-                std::memcpy(words + 4 * k, &eight, sizeof eight);
+                const auto some = K::words(__builtin_convertvector(load<EightWide>(numbers + i + 8 * k), Eight));
+                std::memcpy(words + K::WORDS / 4 * k, &some, sizeof some);
             }
         if constexpr (K::OFFSET)
             for (int64_t i = 0; i < count; i += m.group, sums += vectors) {
                 Ints all = {};
-                for (int64_t g = 0; g < m.group; g += LANES) all += load<Ints>(numbers + i + g) << 16 >> 16;
+                for (int64_t g = 0; g < m.group; g += LANES) all += load<Ints>(numbers + i + g) << K::SHIFT >> K::SHIFT;
                 *sums = sum(__builtin_convertvector(all, Floats));  // which has whole numbers up to 2^24
+                if constexpr (K::BY_GROUP) *sums *= *units;
             }
     }
 }
@@ -208,17 +225,17 @@ inline void multiply_rows(
             for (int64_t g = eight; g < std::min(end, eight + 8); g++) {
                 Ints whole[CHAINS][X] = {};
 #pragma GCC unroll 1
-                for (int64_t c = 0; c < m.group; c += 32, codes += 16, words_of_x += 16 * X, time++) {
+                for (int64_t c = 0; c < m.group; c += 32, codes += 16, words_of_x += K::WORDS * X, time++) {
                     ask_for_rows(codes, between, time, FEW ? 256 : 64);
                     if constexpr (!FEW) ask_for(ahead, more), ahead += more;
                     Words words[4];
                     turn<K>(codes, between, words);
 #pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++) {
-                        const Numbers w = once(K::get(words[i / 4], i % 4));
+                    for (int i = 0; i < K::WORDS; i++) {
+                        const Numbers w = once(K::get(words[i / (K::WORDS / 4)], i % (K::WORDS / 4)));
 #pragma GCC unroll 8
                         for (int j = 0; j < X; j++) {
-                            const Words number = Words{} + load<uint32_t>(words_of_x + 16 * j + i);
+                            const Words number = Words{} + load<uint32_t>(words_of_x + K::WORDS * j + i);
                             Ints& sum = whole[i % CHAINS][j];
                             sum = add_product(sum, w, Numbers(number));
                         }
@@ -229,7 +246,9 @@ inline void multiply_rows(
                     Ints first_sum = whole[0][j], second_sum = whole[1][j];
                     if constexpr (CHAINS == 4) first_sum += whole[2][j], second_sum += whole[3][j];
                     const Ints all = (K::SPLIT ? first_sum << 8 : first_sum) + second_sum;
-                    part[j] = add_product(part[j], scales[g - first], __builtin_convertvector(once(all), Floats));
+                    Floats wide = __builtin_convertvector(once(all), Floats);
+                    if constexpr (K::BY_GROUP) wide *= all_lanes(x + places.units + g * X + j);
+                    part[j] = add_product(part[j], scales[g - first], wide);
                 }
                 if constexpr (K::OFFSET)
 #pragma GCC unroll 8
@@ -239,7 +258,10 @@ inline void multiply_rows(
         }
         const float* units = x + places.units + shared / (SHARED / m.group) * X;
 #pragma GCC unroll 8
-        for (int j = 0; j < X; j++) sums[j] = add_product(sums[j], all_lanes(units + j), part[j]);
+        for (int j = 0; j < X; j++) {
+            if constexpr (K::BY_GROUP) sums[j] += part[j];
+            else sums[j] = add_product(sums[j], all_lanes(units + j), part[j]);
+        }
     }
 }
 

@@ -86,7 +86,7 @@ struct Step {
 
 namespace {
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, NF4 };
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, INT4_DYNAMIC, NF4 };
 
 // Vectors -------------------------------------------------------------------------------------------------------------
 
@@ -554,6 +554,18 @@ float round_together(const float* x, int64_t count, int limit, int32_t* numbers)
     return unit;
 }
 
+// n vectors (n, C), of which each group's numbers are rounded to 8 bits.
+const float* rounded_by_groups(const Matrix& m, const float* x, int64_t n) {
+    static thread_local std::vector<float> room;
+    if (int64_t(room.size()) < n * m.columns) room.resize(n * m.columns);
+    int32_t numbers[128];
+    for (int64_t at = 0; at < n * m.columns; at += m.group) {
+        const float unit = round_together(x + at, m.group, 127, numbers);
+        for (int64_t i = 0; i < m.group; i++) room[at + i] = unit * float(int8_t(numbers[i]));
+    }
+    return room.data();
+}
+
 struct Unit {  // of SHARED columns: what a 1 is, and where their sum begins
     float one;
     int32_t begin;
@@ -935,12 +947,16 @@ void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initia
     with_kind(m, [&](auto kind) {
         using W = decltype(kind);
         if constexpr (Turned<W>::HERE) {
+            if constexpr (W::OFFSET)
+                if (m.kind == INT4_DYNAMIC) return product_by_rows<typename Turned<W>::Dynamic>(me, m, x, n, parts, done);
             product_by_rows<typename Turned<W>::Kind>(me, m, x, n, parts, done);
         } else {
 #ifdef HAS_TILES
             if constexpr (Tiled<W>::HERE)
                 if (may_use_tiles()) return product_by_tiles<W>(me, m, x, n, parts, done);
 #endif
+            if constexpr (W::OFFSET)
+                if (m.kind == INT4_DYNAMIC) x = rounded_by_groups(m, x, n);
             product_in_streams<W>(me, m, x, n, parts, done);
         }
     });

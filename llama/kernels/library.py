@@ -227,11 +227,12 @@ def _check(library: ctypes.CDLL) -> None:
         (2, weight.to(torch.int8), of_rows, None, 0, 0.5),
         (3, weight.to(torch.int8), of_rows, None, 0, 0.0),
         (4, fours, one, torch.zeros_like(one), 32, 0.5),
-        (5, fours, one[:, :5].contiguous(), None, 64, 10.0),
+        (5, fours, one, torch.zeros_like(one), 32, 20.0),
+        (6, fours, one[:, :5].contiguous(), None, 64, 10.0),
     ):
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (stored, scale, zero))
         matrix = Matrix(*pointers, kind, rows, columns, group)
-        right = (levels if kind == 5 else weight) @ x
+        right = (levels if kind == 6 else weight) @ x
         for n in (1, 5):
             vectors, out = x.repeat(n, 1), torch.full((n, rows), torch.nan, **EXACT)
             library.multiply(ctypes.byref(matrix), vectors.data_ptr(), n, out.data_ptr(), 2)

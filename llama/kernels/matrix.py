@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama.kernels import library
 
-FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, NF4 = range(6)
+FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, INT4_DYNAMIC, NF4 = range(7)
 """kernels.cpp's kinds."""
 PLAIN = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 FEW = 32
@@ -41,7 +41,7 @@ class Matrix:
         self.codes, self.scale, self.zero = (None if t is None else t.contiguous() for t in (codes, scale, zero))
         assert self.codes is not None
         group = 0 if scale is None or kind in (INT8, INT8_DYNAMIC) else columns // scale.shape[1]
-        assert not group or (group in (32, 64, 128) and columns % group == 0 and (kind == INT4 or group == 64))
+        assert not group or (group in (32, 64, 128) and columns % group == 0 and (kind != NF4 or group == 64))
         pointers = (None if t is None else t.data_ptr() for t in (self.codes, self.scale, self.zero))
         self.struct = library.Matrix(*pointers, kind, *self.shape, group)
 
@@ -71,6 +71,8 @@ class Matrix:
 
     def _many(self, rows: Tensor) -> Tensor:
         assert self.codes is not None
+        if self.kind == INT4_DYNAMIC:
+            rows = rounded_by_groups(rows, self.struct.group)
         halves = self.kind != FLOAT32 and (self.kind != INT8_DYNAMIC or rows.dtype == torch.bfloat16)
         if halves and self.shape[1] % 64 == 0 and multiplies_tiles():
             return self._many_by_tiles(rows)
@@ -112,7 +114,7 @@ class Matrix:
     def decode(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight (count, C) in `dtype`, but for the scale of a whole row."""
         assert self.codes is not None
-        if self.kind not in (INT4, NF4):
+        if self.kind not in (INT4, INT4_DYNAMIC, NF4):
             return self.codes[first : first + count].to(dtype)
         out = torch.empty(count, self.shape[1], dtype=dtype, device="cpu")
         kind, threads = PLAIN[dtype], torch.get_num_threads()
@@ -145,6 +147,13 @@ def rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = wide.abs().amax(1, keepdim=True).clamp_min_(1e-30).mul_(1 / 127)
     return (wide / scale).round_(), scale
+
+
+def rounded_by_groups(x: Tensor, group: int) -> Tensor:
+    """Rows (M, K), in their dtype, of which each `group` numbers are rounded to 8 bits: whole numbers from -127 to 127
+    times a scale of their own."""
+    codes, scale = rows_to_int8(x.reshape(-1, group))
+    return codes.mul_(scale).to(x.dtype).view(x.shape)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ N is the rows of a weight (outputs), K its columns (inputs).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -27,11 +27,12 @@ from torch import Tensor
 
 from llama.kernels.library import available
 from llama.kernels.matrix import INT4 as KIND_INT4
+from llama.kernels.matrix import INT4_DYNAMIC as KIND_INT4_DYNAMIC
 from llama.kernels.matrix import INT8 as KIND_INT8
 from llama.kernels.matrix import INT8_DYNAMIC as KIND_INT8_DYNAMIC
 from llama.kernels.matrix import NF4 as KIND_NF4
-from llama.kernels.matrix import Matrix, multiplies_bytes, rows_to_int8
-from llama.quantize.codes import MIDDLE, one_in_a_byte, two_in_a_byte
+from llama.kernels.matrix import Matrix, multiplies_bytes, rounded_by_groups, rows_to_int8
+from llama.quantize.codes import MIDDLE, from_int4, one_in_a_byte, two_in_a_byte
 
 Stored = dict[str, Tensor]
 """What is kept of a weight: tensors with N rows each."""
@@ -108,6 +109,7 @@ def of_kernels(kind: int, *numbers: str) -> Operator:
 
 INT8_KERNEL, INT8_DYNAMIC_KERNEL = of_kernels(KIND_INT8, "scale"), of_kernels(KIND_INT8_DYNAMIC, "scale")
 INT4_KERNEL = of_kernels(KIND_INT4, "scale", "zero")
+INT4_DYNAMIC_KERNEL = of_kernels(KIND_INT4_DYNAMIC, "scale", "zero")
 NF4_KERNEL = of_kernels(KIND_NF4, "absmax")
 
 
@@ -285,3 +287,16 @@ def int4(group: int) -> tuple[Operator, ...]:
         partial(_takes_int4_cuda, group), _pack_int4_cuda, partial(_int4_cuda, group), partial(_unpack_int4_cuda, group)
     )
     return INT4_KERNEL, on_cpu, on_cuda
+
+
+def int4_dynamic(group: int) -> tuple[Operator, ...]:
+    """Those of int4, by activations of which each group is rounded to 8 bits first."""
+
+    def rounding(operator: Operator) -> Operator:
+        def multiply(packed: Packed, x: Tensor) -> Tensor:
+            return operator.multiply(packed, rounded_by_groups(x, group))
+
+        return replace(operator, multiply=multiply)
+
+    _, *others = int4(group)
+    return INT4_DYNAMIC_KERNEL, *map(rounding, others), rounding(plain(from_int4))

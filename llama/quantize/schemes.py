@@ -25,7 +25,17 @@ from llama.kernels.matrix import Matrix
 from llama.kernels.memory import joined
 from llama.quantize import nf4
 from llama.quantize.codes import from_int4, from_int8, to_int4, to_int8
-from llama.quantize.operators import INT8, INT8_DYNAMIC_KERNEL, INT8_KERNEL, INT_MM, Operator, Stored, int4, plain
+from llama.quantize.operators import (
+    INT8,
+    INT8_DYNAMIC_KERNEL,
+    INT8_KERNEL,
+    INT_MM,
+    Operator,
+    Stored,
+    int4,
+    int4_dynamic,
+    plain,
+)
 
 AT_ONCE = 2**18
 """About so many weights are quantised together: in float32 they stay in a processor's cache while they are searched."""
@@ -183,12 +193,14 @@ def _nf4(rows: Tensor, group: int) -> Stored:
 
 
 _OF_INT8 = ("codes", "scale")
+_OF_INT4 = ("codes", "scale", "zero")
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("int8", "int8", _OF_INT8, 0, (0,), _int8, from_int8, lambda _: (INT8_KERNEL, INT8)),
         Scheme("int8-dynamic", "int8", _OF_INT8, 0, (0,), _int8, from_int8, lambda _: (INT8_DYNAMIC_KERNEL, INT_MM)),
-        Scheme("int4", "int4", ("codes", "scale", "zero"), 32, (32, 64, 128), to_int4, from_int4, int4),
+        Scheme("int4", "int4", _OF_INT4, 32, (32, 64, 128), to_int4, from_int4, int4),
+        Scheme("int4-dynamic", "int4", _OF_INT4, 32, (32, 64, 128), to_int4, from_int4, int4_dynamic),
         Scheme("nf4", "nf4", ("codes", "absmax"), nf4.GROUP, (nf4.GROUP,), _nf4, nf4.from_nf4, lambda _: nf4.OPERATORS),
     )
 }

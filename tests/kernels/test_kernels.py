@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels import library, matrix
-from llama.kernels.matrix import BFLOAT16, FEW, FLOAT32, INT4, INT8, INT8_DYNAMIC, NF4, Matrix
+from llama.kernels.matrix import BFLOAT16, FEW, FLOAT32, INT4, INT4_DYNAMIC, INT8, INT8_DYNAMIC, NF4, Matrix
 
 NF4_LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 NF4_LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # QLoRA, appendix E, to four digits
@@ -26,7 +26,7 @@ SHAPES = [(4, 256), (9, 704), (33, 64), (1, 2048), (6, 1152), (13, 4224), (551, 
 """Whole tiles of rows and rests of them, and more than sixteen whole ones for each of two threads; columns that are
 whole steps of every width, ones that leave a rest, and more than share a unit."""
 KINDS = {"float32": 0, "bfloat16": 0, "int8": 0, "int8-dynamic": 0}
-KINDS |= {"int4:32": 32, "int4:64": 64, "int4:128": 128, "nf4": 64}
+KINDS |= {"int4:32": 32, "int4:64": 64, "int4:128": 128, "int4-dynamic:32": 32, "int4-dynamic:128": 128, "nf4": 64}
 
 
 def weight(kind: str, N: int, C: int) -> tuple[Matrix, Tensor]:
@@ -44,7 +44,8 @@ def weight(kind: str, N: int, C: int) -> tuple[Matrix, Tensor]:
     if kind == "nf4":
         levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)[both.long()]
         return Matrix(NF4, codes, C, scale), levels * wide(scale, group)
-    return Matrix(INT4, codes, C, scale, zero), (both.double() - 8) * wide(scale, group) + wide(zero, group)
+    which = INT4_DYNAMIC if "dynamic" in kind else INT4
+    return Matrix(which, codes, C, scale, zero), (both.double() - 8) * wide(scale, group) + wide(zero, group)
 
 
 @pytest.mark.usefixtures("lanes")
@@ -91,10 +92,20 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 def rounded_and_doubt(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """x as a kind of weights meets it, but for what is left of a row after whole steps. With 8 and 4 bits each 2,048
-    columns are rounded to whole numbers, of which the largest has 16 bits, or 8; with 16, on a processor that
-    multiplies in bfloat16, to that. And by how much more each may be off, being half way between two of them."""
+    columns are rounded to whole numbers, of which the largest has 16 bits, or 8; with int4-dynamic before that each
+    group to 8; with 16, on a processor that multiplies in bfloat16, to that. And by how much more each may be off,
+    being half way between two of them."""
     wide, kernels = x.double(), library.load()
     doubt = torch.zeros_like(wide)
+    if kind.startswith("int4-dynamic"):
+        groups = x.view(len(x), -1, KINDS[kind])
+        unit = groups.abs().amax(2, keepdim=True) / 127
+        numbers = groups.double() * (1 / unit)
+        wide = (numbers.round() * unit).flatten(1)
+        doubt = (((numbers - numbers.round()).abs() > 0.4999) * unit).flatten(1).double()
+        if in_rows():
+            return wide, doubt
+        x = wide.float()
     if kind == "bfloat16" and (kernels.multiplies_bfloat16() or kernels.has_tiles()):
         whole = x.shape[1] // (2 * kernels.lanes()) * (2 * kernels.lanes())
         wide[:, :whole] = x[:, :whole].bfloat16().double()
@@ -109,7 +120,7 @@ def rounded_and_doubt(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
             unit = shared.abs().amax(1, keepdim=True) / largest
             numbers, here = shared.double() * (1 / unit), slice(first, first + shared.shape[1])
             wide[:, here] = numbers.round() * unit
-            doubt[:, here] = ((numbers - numbers.round()).abs() > 0.4999) * unit
+            doubt[:, here] += ((numbers - numbers.round()).abs() > 0.4999) * unit
     return wide, doubt
 
 
@@ -202,12 +213,12 @@ def test_many_vectors_are_multiplied_by_the_same_weight(
     out, right = found(x), x.double() @ exact.T
     assert out.dtype == torch.float32
     loss = float((out.double() - right).norm() / right.norm())
-    assert loss < (1e-2 if kind == "int8-dynamic" else 5e-3 if in_bfloat16 and kind != "float32" else 1e-4)
+    assert loss < (1e-2 if "dynamic" in kind else 5e-3 if in_bfloat16 and kind != "float32" else 1e-4)
 
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("shape", [(1, 128, 1), (33, 640, 70), (130, 2048, 31), (70, 8320, 33)], ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32" and "int4-" not in kind])
 def test_a_prompts_products_by_tiles(kind: str, shape: tuple[int, int, int]) -> None:
     """Rests of blocks of rows, of tiles and of sixteen vectors; more columns than a block of 128 rows has room for."""
     N, C, n = shape
@@ -364,5 +375,5 @@ def test_an_environment_variable_leaves_products_to_pytorch(fresh: Path, monkeyp
 
 def test_kinds_are_the_same_in_both_languages() -> None:
     source = library.SOURCE.read_text(encoding="utf-8")
-    assert "enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, NF4 };" in source
-    assert tuple(range(6)) == (FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, NF4)
+    assert "enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, INT4_DYNAMIC, NF4 };" in source
+    assert tuple(range(7)) == (FLOAT32, BFLOAT16, INT8, INT8_DYNAMIC, INT4, INT4_DYNAMIC, NF4)

@@ -23,7 +23,7 @@ from llama.quantize.report import Loss, Texts, losses, possible, quantized, read
 from llama.quantize.saved import Saved
 from llama.quantize.schemes import scheme_of
 
-BOUNDS = {"int8": 0.002, "int8-dynamic": 0.01, "int4:32": 0.03}
+BOUNDS = {"int8": 0.002, "int8-dynamic": 0.01, "int4:32": 0.03, "int4-dynamic:32": 0.03}
 """How much more perplexity than bfloat16's each may have."""
 
 

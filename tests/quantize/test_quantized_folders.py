@@ -87,11 +87,13 @@ def test_any_format_gives_the_same_folder(kind: str, tiny_checkpoint: Path, tmp_
     assert_same(found, expected)
 
 
-def test_int8_folder_runs_with_dynamic_activations(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(tiny_checkpoint, tmp_path / "it", "int8")
-    model = loaded(tmp_path / "it", "int8-dynamic")
-    assert_same(contents(model), contents(loaded(tiny_checkpoint, "int8-dynamic")))
-    assert {layer.product.scheme.name for layer in linears(model).values()} == {"int8-dynamic"}
+@pytest.mark.parametrize(("word", "names"), [("int8", {"int8-dynamic"}), ("int4", {"int4-dynamic", "int8"})])
+def test_dynamic_activations(word: str, names: set[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A folder runs with them. With 4 bits the output layer has 8, and meets activations as they are."""
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "it", word)
+    model = loaded(tmp_path / "it", f"{word}-dynamic")
+    assert_same(contents(model), contents(loaded(tiny_checkpoint, f"{word}-dynamic")))
+    assert {layer.product.scheme.name for layer in linears(model).values()} == names
 
 
 def test_the_core_loads_it_dequantised(tiny_checkpoint: Path, tmp_path: Path) -> None:
