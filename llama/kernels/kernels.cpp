@@ -554,16 +554,14 @@ float round_together(const float* x, int64_t count, int limit, int32_t* numbers)
     return unit;
 }
 
-// n vectors (n, C), of which each group's numbers are rounded to 8 bits.
-const float* rounded_by_groups(const Matrix& m, const float* x, int64_t n) {
-    static thread_local std::vector<float> room;
-    if (int64_t(room.size()) < n * m.columns) room.resize(n * m.columns);
+// Of vectors whose columns are whole groups, each group's numbers are rounded to 8 bits.
+void round_by_groups(const Matrix& m, const float* x, int64_t count, float* rounded) {
     int32_t numbers[128];
-    for (int64_t at = 0; at < n * m.columns; at += m.group) {
-        const float unit = round_together(x + at, m.group, 127, numbers);
-        for (int64_t i = 0; i < m.group; i++) room[at + i] = unit * float(int8_t(numbers[i]));
+    for (; count; count -= m.group, x += m.group, rounded += m.group) {
+        const float unit = round_together(x, m.group, 127, numbers);
+        for (int64_t i = 0; i < m.group; i += LANES)
+            store(rounded + i, __builtin_convertvector(load<Ints>(numbers + i) << 24 >> 24, Floats) * unit);
     }
-    return room.data();
 }
 
 struct Unit {  // of SHARED columns: what a 1 is, and where their sum begins
@@ -955,8 +953,12 @@ void product(Thread& me, const Matrix& m, const float* x, int64_t n, std::initia
             if constexpr (Tiled<W>::HERE)
                 if (may_use_tiles()) return product_by_tiles<W>(me, m, x, n, parts, done);
 #endif
-            if constexpr (W::OFFSET)
-                if (m.kind == INT4_DYNAMIC) x = rounded_by_groups(m, x, n);
+            static thread_local std::vector<float> rounded;
+            if (m.kind == INT4_DYNAMIC) {
+                at_least(rounded, n * m.columns);
+                round_by_groups(m, x, n * m.columns, rounded.data());
+                x = rounded.data();
+            }
             product_in_streams<W>(me, m, x, n, parts, done);
         }
     });

@@ -5,7 +5,8 @@ kept twice, and sums are in float32. 8 and 4 bits meet the vectors in 16, bfloat
 multiplies in it. More, as a prompt has, are multiplied by matrix tiles where the processor has them (AMX), and are else
 an ordinary matrix product of PyTorch's: in bfloat16 where the processor multiplies in it, else in float32, with as many
 rows of the weight at a time made wide as stay in a processor's cache. INT8_DYNAMIC is INT8 that meets vectors of 8
-bits: in whole numbers, where the processor multiplies bytes.
+bits: in whole numbers, where the processor multiplies bytes. INT4_DYNAMIC is INT4 that meets vectors of which each
+group's numbers are rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ class Matrix:
 
     def _many(self, rows: Tensor) -> Tensor:
         assert self.codes is not None
-        if self.kind == INT4_DYNAMIC:
-            rows = rounded_by_groups(rows, self.struct.group)
         halves = self.kind != FLOAT32 and (self.kind != INT8_DYNAMIC or rows.dtype == torch.bfloat16)
         if halves and self.shape[1] % 64 == 0 and multiplies_tiles():
             return self._many_by_tiles(rows)
         if self.kind == INT8_DYNAMIC:
             return self._many_of_bytes(rows)
+        if self.kind == INT4_DYNAMIC:
+            rows = rounded_by_groups(rows, self.struct.group)
         if self.kind == BFLOAT16 and multiplies_bfloat16():
             return F.linear(rows.bfloat16(), self.codes)
         dtype = torch.bfloat16 if multiplies_bfloat16() and self.kind != FLOAT32 else torch.float32

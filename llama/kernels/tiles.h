@@ -393,6 +393,15 @@ inline float to_bytes(const uint16_t* x, int64_t count, uint8_t* bytes) {
     return unit;
 }
 
+// Of bfloat16, a vector of which each group's numbers are rounded to 8 bits.
+inline void round_by_groups(const Matrix& m, const uint16_t* x, uint16_t* rounded) {
+    static thread_local std::vector<float> wide;
+    at_least(wide, m.columns);
+    for (int64_t i = 0; i < m.columns; i += LANES) store(wide.data() + i, widened(x + i));
+    round_by_groups(m, wide.data(), m.columns, wide.data());
+    for (int64_t i = 0; i < m.columns; i += LANES) put(rounded + i, load<Floats>(wide.data() + i));
+}
+
 // x (n, C) of bfloat16, C whole steps, by a weight: to out (n, N).
 template <class W>
 void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out, int64_t threads) {
@@ -417,6 +426,11 @@ void multiply_many(const Matrix& m, const uint16_t* x, int64_t n, uint16_t* out,
                 uint8_t* made = lines(bytes, 16 * row_bytes);
                 for (int64_t j = 0; j < count; j++)
                     ones[panel * 16 + j] = to_bytes(x + (panel * 16 + j) * m.columns, m.columns, made + j * row_bytes);
+                rows = made;
+            } else if (m.kind == INT4_DYNAMIC) {
+                uint8_t* made = lines(bytes, 16 * row_bytes);
+                for (int64_t j = 0; j < count; j++)
+                    round_by_groups(m, x + (panel * 16 + j) * m.columns, reinterpret_cast<uint16_t*>(made) + j * m.columns);
                 rows = made;
             }
             lay_out<16>(rows, row_bytes, row_bytes, laid_out + panel * steps * TILE, count);

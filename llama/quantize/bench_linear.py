@@ -21,7 +21,7 @@ from torch import Tensor
 from llama.evals.table import render
 from llama.quantize.schemes import scheme_of
 
-WORDS = ("int8", "int8-dynamic", "int4:32", "int4:128", "nf4")
+WORDS = ("int8", "int8-dynamic", "int4:32", "int4:128", "int4-dynamic:32", "nf4")
 ENOUGH = 256 * 2**20
 """Bytes of weights that no cache holds."""
 

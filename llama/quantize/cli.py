@@ -26,7 +26,7 @@ from llama.quantize.report import Loss, draw, losses, possible, read_texts
 from llama.quantize.saved import quantize_checkpoint
 from llama.quantize.schemes import scheme_of
 
-MEASURED = ("int8", "int8-dynamic", "int4:32", "int4:64", "int4:128", "nf4")
+MEASURED = ("int8", "int8-dynamic", "int4:32", "int4:64", "int4:128", "int4-dynamic:32", "nf4")
 
 
 @SetParseFns(str, scheme=str, report=str, schemes=str, sources=str, out=str)  # type: ignore[untyped-decorator]

@@ -78,9 +78,9 @@ def quantize_load(
     """`checkpoint.load` for a model whose linear layers shall be quantised; what isn't is loaded in `dtype`.
 
     A plain checkpoint of any format is quantised by `scheme`, as it is read. One that was saved quantised is taken as
-    it is, and `scheme` may only choose another arithmetic for the same codes (int8-dynamic for int8). Without either
-    it is `checkpoint.load`. Raises ValueError as that does, and where a weight, or a rank's part of it, has a shape
-    that the scheme can't keep.
+    it is, and `scheme` may only choose another arithmetic for the same codes (int8-dynamic for int8, int4-dynamic for
+    int4). Without either it is `checkpoint.load`. Raises ValueError as that does, and where a weight, or a rank's part
+    of it, has a shape that the scheme can't keep.
     """
     if isinstance(checkpoint, Checkpoint) and ENTRY in checkpoint.params:
         checkpoint = Saved(checkpoint.path)

@@ -10,6 +10,7 @@ both sides of a cut between columns. With 4 bits, the output layer is int8.
 | int8 | codes int8 (N, K), scale bfloat16 (N, 1) | 8 + 16/K | float32, or bfloat16 |
 | int8-dynamic | the same | 8 + 16/K | whole numbers; the activations of each token are rounded to 8 bits too |
 | int4 | codes (N, K/2), scale and zero bfloat16 (N, K/group) | 4 + 32/group | float32, or bfloat16 |
+| int4-dynamic | the same | 4 + 32/group | that of int4; each group of a token's activations is rounded to 8 bits too |
 | nf4 | codes (N, K/2), absmax bfloat16 (N, K/64) | 4.25 | float32, or bfloat16 |
 """
 
