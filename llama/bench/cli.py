@@ -272,8 +272,8 @@ def command(
     Args:
         preset: a shape with random weights instead of a checkpoint: 7B, 13B, 34B, 70B, or S (110 M) and M (1.1 B).
         layers: how many of the preset's layers; figures for all are then extrapolated, and say so.
-        variants: plain, fast, int8, int4, int4:128, int8-dynamic, int4-dynamic, nf4, compile, lookup, with commas between; +
-            joins several: fast+compile (default: plain and fast).
+        variants: plain, fast, int8, int4, int4:128, int8-dynamic, int4-dynamic, nf4, compile, lookup, with commas
+            between; + joins several: fast+compile (default: plain and fast).
         against: a peer with the same weights: transformers.
         measures: some of decode, loop, prefill, first_token, load, memory (default: all, but load for checkpoints
             only: for a preset it writes the weights to a scratch folder).
