@@ -91,13 +91,13 @@ def test_quantized_weights_are_as_large_as_planned(word: str) -> None:
     model = quantize_(Transformer(args).to(torch.bfloat16).requires_grad_(False), word)
     stored = [tensor for layer in linears(model).values() for tensor in layer.product.stored.values()]
     left = [weight for weight in model.parameters() if weight is not None]
-    assert sum(tensor.nbytes for tensor in (*stored, *left)) == weight_bytes(args, Settings(quantize=word))  # type: ignore[arg-type]
+    assert sum(tensor.nbytes for tensor in (*stored, *left)) == weight_bytes(args, Settings(quantize=word))
 
 
 def test_build_plans_for_the_weights_as_they_will_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Memory that holds the 8 bits and not the 32; from a plain folder, and from one that is quantised already."""
     args = Checkpoint(EMBEDDED).args(max_seq_len=64, max_batch_size=1)
-    sizes = [plan(args, Settings(1, torch.float32, None, word, device="cpu")).total for word in (None, "int8")]  # type: ignore[arg-type]
+    sizes = [plan(args, Settings(1, torch.float32, None, word, device="cpu")).total for word in (None, "int8")]
     monkeypatch.setattr(module, "free_memory", lambda device: (sizes[0] + sizes[1]) // 2)
     limits: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 1, "device": "cpu"}
     with pytest.raises(ValueError, match="--quantize int8"):

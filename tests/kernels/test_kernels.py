@@ -210,10 +210,18 @@ def test_many_vectors_are_multiplied_by_the_same_weight(
     monkeypatch.setattr(matrix, "WIDENED", 640 * 10)
     found, exact = weight(kind, 33, 640)
     x = torch.randn(FEW + 1, 640)
-    out, right = found(x), x.double() @ exact.T
+    right = x.double() @ exact.T
+    if kind.startswith("int4-dynamic"):
+        groups = x.double().view(len(x), -1, KINDS[kind])
+        unit = groups.abs().amax(2, keepdim=True) / 127
+        right = ((groups / unit).round() * unit).flatten(1) @ exact.T
+    out = found(x)
     assert out.dtype == torch.float32
     loss = float((out.double() - right).norm() / right.norm())
-    assert loss < (1e-2 if "dynamic" in kind else 5e-3 if in_bfloat16 and kind != "float32" else 1e-4)
+    most = 5e-3 if in_bfloat16 and kind != "float32" else 1e-4
+    if kind == "int8-dynamic" or ("dynamic" in kind and in_bfloat16):  # x is bfloat16 before it is rounded to 8 bits
+        most = 1e-2
+    assert loss < most
 
 
 @pytest.mark.usefixtures("tiles")

@@ -64,7 +64,7 @@ def test_ranks_hold_the_parts_of_one_ranks_codes(
     whole, scores = run(plain, word)
     if is_saved:
         if "dynamic" in word:
-            pytest.skip("stored as without")
+            pytest.skip("stored as int8 and int4 are")
         quantize_checkpoint(plain, tmp_path / "it", word)
     folder, asked = (tmp_path / "it", None) if is_saved else (plain, word)
     results: list[Any] = on_ranks(check, world_size, folder, asked, limit=240)
