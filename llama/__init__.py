@@ -1,19 +1,22 @@
 """A Code Llama from scratch in PyTorch.
 
 The files of this folder are the core, to be read in this order: config, rope, cache, parallel, model (the
-architecture); tokenizer, prompts, sampling (text in, tokens out); checkpoint, decoding, generation (what runs it); cli
-(the commands). Folders are rooms around it.
+architecture); tokenizer, prompts, sampling (text in, tokens out); checkpoint, decoding, generation (what runs it);
+front and cli (words become objects). Folders are rooms around it.
 
-    from llama import Llama
+    from llama import Llama, load
     Llama.build().text_completion(["def fibonacci(n):"])
+    load(quantize="int8", fast=True)  # the same, in words
 """
 
 from llama.cache import KVCache
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
-from llama.decoding import Event
+from llama.decoding import Event, Loop, NotFinite, QueueFull, Request
+from llama.front import load
 from llama.generation import Llama
 from llama.model import Transformer
+from llama.parallel import LostRank
 from llama.prompts import Dialog, Message, Prompt
 from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
@@ -25,10 +28,16 @@ __all__ = [
     "Event",
     "KVCache",
     "Llama",
+    "Loop",
+    "LostRank",
     "Message",
     "ModelArgs",
+    "NotFinite",
     "Prompt",
+    "QueueFull",
+    "Request",
     "Sampling",
     "Tokenizer",
     "Transformer",
+    "load",
 ]

@@ -24,29 +24,47 @@ from torch import Tensor
 
 @dataclass
 class Span:
-    """T new tokens of B rows: where they stand, and what each sees."""
+    """T new tokens of B neighbouring rows: where they stand, and what each sees."""
 
-    positions: Tensor
-    """(B or 1, T) int64: the slot that each new token writes; it sees the slots up to that one."""
+    starts: Sequence[int]
+    """The position of each row's first new token; a single one where all rows share it."""
+    T: int
     slots: int
     """S: the slots that attention is given. Those after a token's own are masked."""
-    start: int | None
-    """The first position where all rows share it, else None."""
     dtype: torch.dtype
+    device: torch.device
+    row: int = 0
+    """The first of the cache's rows that the tokens belong to."""
+    first: Tensor | None = None
+    """`starts` (B or 1, 1) where they are on the device already; a copy from the host is a wait saved."""
+    _positions: Tensor | None = None
     _mask: Tensor | None = None
+
+    @property
+    def start(self) -> int | None:
+        """The first position where all rows share it, else None."""
+        return self.starts[0] if len(self.starts) == 1 else None
+
+    @property
+    def positions(self) -> Tensor:
+        """(B or 1, T) int64: the slot that each new token writes; it sees the slots up to that one."""
+        if self._positions is None:
+            first = torch.tensor(self.starts, device=self.device)[:, None] if self.first is None else self.first
+            self._positions = first + torch.arange(self.T, device=self.device)
+        return self._positions
 
     @property
     def is_square(self) -> bool:
         """Nothing stands before the new tokens, and nothing after: plain causal attention, without a mask."""
-        return self.start == 0 and self.slots == self.positions.shape[1]
+        return self.start == 0 and self.slots == self.T
 
     @property
     def mask(self) -> Tensor:
         """(B or 1, 1, T, S): 0 where a token sees a slot, -inf where not. Made once, for all layers."""
         if self._mask is None:  # functools.cached_property takes a lock, which can't be traced and compiled
-            slots = torch.arange(self.slots, device=self.positions.device)
+            slots = torch.arange(self.slots, device=self.device)
             hidden = slots > self.positions[:, None, :, None]
-            zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=slots.device)
+            zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
             self._mask = zeros.masked_fill_(hidden, -torch.inf)
         return self._mask
 
@@ -54,8 +72,12 @@ class Span:
 class KVCache:
     """Keys and values of `rows` sequences of up to `slots` tokens, for each layer (rows, K, slots, D); allocated once.
 
-    A step's tokens are those of the first B rows. Single tokens are shown a number of slots rounded up to a multiple
+    A step's tokens are those of B neighbouring rows. Single tokens are shown a number of slots rounded up to a multiple
     of `bucket`, so that the shapes of a decode step change rarely and can be compiled; longer steps, what they need.
+
+    The cache knows which tokens each row holds (`tokens`), so that a sequence which begins the same needn't be read
+    again. Every writer passes through `span`, which forgets what is about to be overwritten; a writer that knows its
+    tokens adds them after the step.
     """
 
     def __init__(
@@ -77,51 +99,83 @@ class KVCache:
             self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
             self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.rows, self.slots, self.bucket = rows, slots, bucket
-        self.owner: object = None
-        """Whoever writes rows over many steps puts itself here, and can tell when another has taken them."""
-        self.tokens: list[int] = []
-        """Those of row 0, as far as they are known; all but the last are written. Who begins the same may build on
-        them, and whoever writes the row by himself sets them."""
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        """Of each row, those whose keys and values stand in its first slots."""
+        self.used = [0] * rows
+        """When each row was last written: a count of spans."""
+        self._spans = 0
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def span(self, start_pos: int | Sequence[int] | Tensor, B: int, T: int) -> Span:
-        """Places T new tokens of the first B rows at `start_pos`: one position, or one for each row.
+    def span(
+        self, start_pos: int | Sequence[int] | Tensor, B: int, T: int, row: int = 0, first: Tensor | None = None
+    ) -> Span:
+        """Places T new tokens of B rows, from `row` on, at `start_pos`: one position, or one for each row. `first` is
+        the same (B, 1) on the device, if it is there. What the rows held from these positions on is forgotten.
 
         Raises ValueError where the rows or the slots don't suffice.
         """
         given = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
         starts = [given] * B if isinstance(given, int) else list(given)
-        if len(starts) != B or self.rows < B:
+        if len(starts) != B or not 0 <= row <= self.rows - B:
             raise ValueError(
-                f"{B} rows of tokens with {len(starts)} start positions; the cache has {self.rows} rows "
-                "(max_batch_size) and wants one start position, or one for each row"
+                f"{B} rows of tokens from row {row} on with {len(starts)} start positions; the cache has {self.rows} "
+                "rows (max_batch_size) and wants one start position, or one for each row"
             )
-        first, end = min(starts), max(starts) + T
-        if first < 0 or end > self.slots:
+        low, end = min(starts), max(starts) + T
+        if low < 0 or end > self.slots:
             raise ValueError(
-                f"tokens at positions {first} to {end - 1}; the cache has slots 0 to {self.slots - 1}: "
+                f"tokens at positions {low} to {end - 1}; the cache has slots 0 to {self.slots - 1}: "
                 f"build with max_seq_len of at least {end}"
             )
-        device = self.keys[0].device
-        aligned = first == end - T
+        self.forget(row, starts)
+        aligned = low == end - T
         visible = end if T > 1 else min(-(-end // self.bucket) * self.bucket, self.slots)
-        positions = torch.arange(T, device=device) + torch.tensor(starts[: 1 if aligned else B], device=device)[:, None]
-        return Span(positions, visible, first if aligned else None, self.keys[0].dtype)
+        stores = self.keys[0]
+        return Span(starts[:1] if aligned else starts, T, visible, stores.dtype, stores.device, row, first)
+
+    def forget(self, row: int = 0, starts: Sequence[int] | None = None) -> None:
+        """Rows from `row` on no longer hold the tokens from `starts` on; without them, no row holds any."""
+        self._spans += 1
+        for i, start in enumerate([0] * self.rows if starts is None else starts, row):
+            del self.tokens[i][start:]
+            self.used[i] = self._spans
 
     def extend(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values (B, T, K, D); returns views (B, K, S, D) of what is visible."""
         B, T = keys.shape[:2]
-        for store, new in ((self.keys[layer], keys.detach()), (self.values[layer], values.detach())):
+        rows = slice(span.row, span.row + B)
+        for store, new in ((self.keys[layer], self.pack(keys)), (self.values[layer], self.pack(values))):
             if span.start is None:
-                store[torch.arange(B, device=new.device)[:, None], :, span.positions] = new
+                store[rows][torch.arange(B, device=new.device)[:, None], :, span.positions] = new
             else:
-                store[:B, :, span.start : span.start + T] = new.transpose(1, 2)
-        return self.keys[layer][:B, :, : span.slots], self.values[layer][:B, :, : span.slots]
+                store[rows, :, span.start : span.start + T] = new.transpose(1, 2)
+        visible = self.keys[layer][rows, :, : span.slots], self.values[layer][rows, :, : span.slots]
+        return self.unpack(visible[0]), self.unpack(visible[1])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Keys or values (..., D) in the form in which the cache keeps them."""
+        return x.detach()
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return stored
 
     def copy_row_(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` slots of row `source` over row `target`, so that active rows stay together."""
+        """Copies the first `length` slots of row `source` over row `target`, and what is known of them."""
         for store in (*self.keys, *self.values):
             store[target, :, :length] = store[source, :, :length]
+        self.tokens[target] = self.tokens[source][:length]
+        self.used[target] = self.used[source]
+
+    def swap_rows_(self, one: int, other: int) -> None:
+        """Two rows exchange what they are known to hold."""
+        length = max(len(self.tokens[one]), len(self.tokens[other]))
+        for store in (*self.keys, *self.values):
+            kept = store[one, :, :length].clone()
+            store[one, :, :length] = store[other, :, :length]
+            store[other, :, :length] = kept
+        self.tokens[one], self.tokens[other] = self.tokens[other], self.tokens[one]
+        self.used[one], self.used[other] = self.used[other], self.used[one]

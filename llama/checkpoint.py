@@ -8,19 +8,19 @@ whole: what a rank doesn't need it doesn't touch, and weights that need no conve
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
 import pickle
 import re
-import shutil
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.parallel import Ranks, share
+from llama.rope import spectrum
 
 CUT: dict[str, int | None] = {
     "tok_embeddings": 1,  # the hidden dimension, unlike Llama 3
@@ -85,6 +86,16 @@ def pieces_of(
     return pieces, dim
 
 
+@contextmanager
+def readable() -> Iterator[None]:
+    """Makes a ValueError of what the system says of a file or a folder that can't be read."""
+    try:
+        yield
+    except OSError as error:
+        found = f"{error.filename or 'a file'} can't be read ({error.strerror or error})"
+        raise ValueError(f"{found}: check the path and its permissions") from error
+
+
 class Weights(Protocol):
     """A model's parameters under Meta's names, wherever they lie: what `load` needs to know of a checkpoint."""
 
@@ -104,6 +115,13 @@ class Weights(Protocol):
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor: ...
 
 
+@runtime_checkable
+class Packed(Protocol):
+    """Weights that stay in the form in which they are stored, as quantised ones do: they know how."""
+
+    def fill(self, model: Transformer, ranks: Ranks, dtype: torch.dtype) -> None: ...
+
+
 FORMATS = {
     "config.json": "llama.interop.huggingface",
     ".gguf": "llama.interop.gguf",
@@ -113,6 +131,7 @@ FORMATS = {
 module whose `open_weights` reads it. Such a module is imported when it is wanted."""
 
 
+@readable()
 def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Weights:
     """A checkpoint of any format, opened but not read. Raises ValueError as `Checkpoint` does."""
     path = Path(ckpt_dir)
@@ -137,7 +156,8 @@ class Checkpoint:
         if not self.path.is_dir():
             raise ValueError(f"there is no folder {self.path}; pass --ckpt_dir with the folder of the checkpoint")
         self.params = read_params(self.path / "params.json")
-        self._shards = [open_shard(path) for path in _shard_paths(self.path)]
+        self._paths = _shard_paths(self.path)
+        self._shards = [open_shard(path) for path in self._paths]
         keys: list[set[str]] = [set(shard) for shard in self._shards]
         if any(other != keys[0] for other in keys):
             differing = sorted(keys[0].union(*keys) - keys[0].intersection(*keys))
@@ -160,84 +180,121 @@ class Checkpoint:
 
     def args(self, **limits: Any) -> ModelArgs:
         """The architecture; its vocabulary is the embedding's own, whatever params.json says."""
-        embedding = self._shards[0].get("tok_embeddings.weight")
-        if embedding is None:
-            raise ValueError(
-                f"{self.path} has no tok_embeddings.weight but {some_of(self.names())}: it is not in Meta's format"
-            )
-        params = {**self.params, "vocab_size": embedding.shape[0]}
+        embedding = "tok_embeddings.weight"
+        if embedding not in self._shards[0]:
+            raise ValueError(f"{self.path} has no {embedding} but {some_of(self.names())}: it is not in Meta's format")
+        parts = self._weights(embedding)
         try:
-            args, unknown = ModelArgs.from_params(params, **limits)
-        except (TypeError, ValueError) as error:
+            args, unknown = ModelArgs.from_params(self.params)
+            check_sizes(args, self.names(), sum(part.shape[1] for part in parts))
+        except ValueError as error:
             raise ValueError(f"{self.path / 'params.json'}: {error}") from error
         if unknown:
             warnings.warn(f"{self.path / 'params.json'}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=2)
-        return args
+        return dataclasses.replace(args, vocab_size=parts[0].shape[0], **limits)
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
         """Rank `rank`'s part of a parameter; a view into the file where one file holds it in one piece."""
-        return recut(name, self.parts(name), rank, world_size, args.n_kv_heads, args.head_dim)
+        return recut(name, self._weights(name), rank, world_size, args.n_kv_heads, args.head_dim)
 
     def parts(self, name: str) -> list[Tensor]:
         """A parameter as the shards hold it, one after the other; views into the files."""
         return [shard[name] for shard in self._shards]
 
+    def _weights(self, name: str) -> list[Tensor]:
+        return [check_weight(path, name, part) for path, part in zip(self._paths, self.parts(name), strict=True)]
+
+
+def check_weight(path: Path, name: str, tensor: Tensor, stored_as: str = "") -> Tensor:
+    """The tensor; ValueError where it can't be the parameter `name` (Meta's), whatever the sizes of the model."""
+    dims = 1 if CUT.get(name.split(".")[-2:][0]) is None else 2
+    if tensor.dim() != dims or not tensor.is_floating_point():
+        found = f"{tensor.dtype} of the shape {tuple(tensor.shape)}, not floating point in {dims} dimensions"
+        raise ValueError(f"{path}: {stored_as or name} is {found}: take another file, or download it again")
+    return tensor
+
+
+def check_sizes(args: ModelArgs, names: Iterable[str], dim: int) -> None:
+    """ValueError for sizes that parameters of these names, and an embedding of `dim` columns, contradict, and for a
+    RoPE that can't be. It is asked before a model is made: one of many layers takes minutes, a wide one gigabytes."""
+    layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
+    for size, given, found in (("n_layers", args.n_layers, layers), ("dim", args.dim, dim)):
+        if given != found:
+            raise ValueError(f"{size} is {given}, but {found} in the tensors: take both from the same checkpoint")
+    spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
+
+
+@readable()
+def read_plain(path: Path, most: int = -1) -> bytes:
+    """The first bytes of a file, or all. ValueError where there is none, or another thing: a pipe is not opened, since
+    that may wait for ever."""
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe, a device or a broken link"
+        found = found if os.path.lexists(path) else "missing"
+        raise ValueError(f"{path} is {found}: it is a file in a download; copy or download it again")
+    with path.open("rb") as file:
+        return file.read(most)
+
 
 def read_params(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: it stands beside the shards in a download; copy or download it again")
+    contents = read_plain(path)
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        params = json.loads(contents.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(params, dict):
         raise ValueError(f"{path} holds {type(params).__name__} instead of an object of sizes: download it again")
     return params
 
 
+@readable()
 def _shard_paths(folder: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth … without a gap. Other files in the folder are none of ours."""
-    numbered = sorted(
-        (int(match[1]), path)
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"consolidated\.(\d\d+)\.pth", path.name))
-    )
-    if not numbered:
+    found = {path.name for path in folder.iterdir()}
+    count = sum(bool(re.fullmatch(r"consolidated\.\d\d+\.pth", name)) for name in found)
+    if not count:
         raise ValueError(f"{folder} holds no consolidated.00.pth: pass the folder that has the *.pth files in it")
-    missing = sorted(set(range(numbered[-1][0] + 1)) - {number for number, _ in numbered})
+    names = [f"consolidated.{number:02d}.pth" for number in range(count)]
+    missing = some_of(sorted(set(names) - found))
     if missing:
-        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing)
-        raise ValueError(f"{folder} lacks {names}: download what is missing")
-    return [path for _, path in numbered]
+        raise ValueError(f"{folder} has {count} shards, but lacks {missing}: download it, or remove what is no shard")
+    return [folder / name for name in names]
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
+    head = read_plain(path, 64).lstrip()
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
     if head.startswith(b"<"):
         raise ValueError(f"{path} is a web page, not a shard: the download link had expired; ask for a new one")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the shard itself: run `git lfs pull` in its repository")
     try:
-        shard = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} ({size:,} bytes) is no plain file of tensors: it is damaged, or loading it would run code. Take "
-            f"it from a source you trust, and check it against checklist.chk. ({_first_line(error)})"
-        ) from error
+        members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+        shard = torch.load(path, map_location="cpu", mmap=bool(members), weights_only=True)
     except Exception as error:  # torch.load raises all kinds of them for damaged files
-        raise ValueError(
-            f"{path} ({size:,} bytes) can't be read, most likely an incomplete download: resume it, or delete the file "
-            f"and download it again. ({_first_line(error)})"
-        ) from error
-    if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
-        raise ValueError(f"{path} holds no plain dictionary of tensors: it is not a shard of a published checkpoint")
-    return shard
+        found = "can't be read, most likely an incomplete download: resume it, or delete the file and download it again"
+        if isinstance(error, pickle.UnpicklingError):
+            found = "is damaged, or loading it would run code: check it against checklist.chk, or take another source"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{path} ({size:,} bytes) {found}. ({reason})") from error
+    entries: dict[str, Tensor] = shard if isinstance(shard, dict) else {type(shard).__name__: shard}
+    odd = [key for key, t in entries.items() if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta]
+    if odd or not all(isinstance(key, str) for key in entries):
+        raise ValueError(f"{path} holds no plain dictionary of dense tensors ({some_of(odd)}): take a published shard")
+    _check_members(path, members, entries)
+    return entries
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def _check_members(path: Path, members: list[zipfile.ZipInfo], shard: dict[str, Tensor]) -> None:
+    """Compares the tensors of a zip archive with what is stored, both in the order of the file: torch.load maps as many
+    bytes as a tensor has, even if they are compressed, belong to the next one, or lie beyond the end."""
+    storages = {(s := tensor.untyped_storage()).data_ptr(): (s.nbytes(), name) for name, tensor in shard.items()}
+    of_tensors = sorted((m for m in members if "/data/" in m.filename), key=lambda member: member.header_offset)
+    stored = [-1 if member.compress_type else member.file_size for member in of_tensors]
+    pairs = zip(sorted(storages.items()), stored, strict=False)
+    wrong = [name for (_, (nbytes, name)), size in pairs if nbytes != size]
+    if wrong:
+        raise ValueError(f"{path} holds {some_of(wrong)} compressed or cut short: download it, or save it, again")
 
 
 def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dtype) -> None:
@@ -246,6 +303,9 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     A weight that needs no conversion stays mapped; another takes memory of its own, one at a time. Raises ValueError
     that names every tensor that is missing, unexpected or of another shape; the model is then unchanged.
     """
+    if isinstance(checkpoint, Packed):
+        return checkpoint.fill(model, ranks, dtype)
+    require_memory(model, ranks, dtype)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = set(checkpoint.names())
     problems = [f"missing: {some_of(sorted(set(expected) - found))}"] if set(expected) - found else []
@@ -269,9 +329,36 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     model.requires_grad_(False)
 
 
+def require_memory(model: Transformer, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Raises ValueError where a model's weights and its cache are more than what is free on this rank's device, before
+    a byte is read. CODELLAMA_IGNORE_PLAN=1 lets everything pass. `codellama plan` counts the rest as well."""
+    args, free = model.args, free_memory(ranks.device)
+    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    slots = args.max_batch_size * args.max_seq_len
+    cache = 2 * args.n_layers * model.kv_heads * args.head_dim * slots * dtype.itemsize
+    if free is not None and weights + cache > free and not os.environ.get("CODELLAMA_IGNORE_PLAN"):
+        raise ValueError(
+            f"this needs {weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of KV cache on each rank, but "
+            f"{ranks.device} has {free / 1e9:.1f} GB free: lower max_batch_size or max_seq_len, or load in fewer bits "
+            "(llama.load(quantize=...)); `codellama plan` says what would fit"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this rank may still take; None where that can't be told. Ranks on a CPU share its memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to use again
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    return int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if available else None
+
+
 def some_of(names: Iterable[str], most: int = 6) -> str:
     """The first names, for a message, and how many more there are."""
-    every = list(names)
+    every = list(map(str, names))
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
@@ -307,7 +394,7 @@ def save(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         (Path(scratch) / "params.json").write_text(json.dumps(args.to_params(), indent=1) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, Path(scratch) / "tokenizer.model")
+            (Path(scratch) / "tokenizer.model").write_bytes(read_plain(Path(tokenizer_path)))
         for i, shard in enumerate(split(weights, args, n_shards)):
             own = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in shard.items()}
             torch.save(own, Path(scratch) / f"consolidated.{i:02d}.pth")

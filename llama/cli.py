@@ -7,9 +7,7 @@ rank runs the same command; rank 0 reads and prints, the others follow. What a u
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
-import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,11 +23,10 @@ from fire.decorators import SetParseFns
 from llama import parallel
 from llama.checkpoint import open_checkpoint
 from llama.decoding import Event
+from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.model import Transformer
-from llama.parallel import DTYPES
 from llama.prompts import Message, dialog, infilling
-from llama.rope import SPECTRA
 
 FILL = "<FILL>"
 PATHS = {"ckpt_dir": str, "tokenizer_path": str, "load_cache": str, "save_cache": str}  # not a number, were it 1e3
@@ -48,53 +45,6 @@ ROOMS = {
     "evals": ("llama.evals.cli:COMMANDS", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
 }
 """Verbs of the rooms: a function, or a table of them, and what they do. A room is imported when it is asked for."""
-
-
-def build(**options: Any) -> Llama:
-    """`Llama.build` for the command line: `dtype` and `rope_scaling` may be words, unknown options are named, and
-    `kv_dtype` int8 gives a cache of a byte a number (longcontext/int8_cache.py)."""
-    kv_dtype = options.pop("kv_dtype", None)
-    if kv_dtype not in (None, "int8"):
-        raise ValueError(f"--kv_dtype {kv_dtype} is unknown; there is int8, or leave it out for the model's own")
-    allowed = [*inspect.signature(Llama.build).parameters, "kv_dtype"]
-    unknown = [name for name in options if name not in allowed]
-    if unknown:
-        raise ValueError(f"unknown option --{unknown[0]}; there are {', '.join('--' + name for name in allowed)}")
-    if kv_dtype is not None and options.get("compile"):
-        raise ValueError("--kv_dtype int8 can't be compiled: the graphs are made for a cache of floats; leave one out")
-    llama = Llama.build(**_objects(options))
-    if kv_dtype is not None:
-        llama.model.cache = importlib.import_module("llama.longcontext.int8_cache").int8_cache(llama.model)
-    return llama
-
-
-def _objects(options: dict[str, Any]) -> dict[str, Any]:
-    dtype, scaling = options.get("dtype"), options.get("rope_scaling")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
-        options = {**options, "dtype": DTYPES[dtype]}
-    if isinstance(scaling, str):
-        scaling = {"rope_type": scaling}
-    if isinstance(scaling, dict) and ".py:" in str(scaling.get("rope_type")):
-        scaling = {**scaling, "rope_type": register_scheme(scaling["rope_type"])}
-    return options if scaling is None else {**options, "rope_scaling": scaling}
-
-
-def register_scheme(place: str) -> str:
-    """Puts a RoPE scheme of a user's own into the table of schemes: "FILE.py:FUNCTION", a function like those of
-    rope.py. Returns its name there, which is the function's."""
-    path, _, name = place.rpartition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}; give a scheme of your own as FILE.py:FUNCTION")
-    scheme = runpy.run_path(path).get(name)
-    if not callable(scheme):
-        raise ValueError(f"{path} has no function {name}; a scheme is one of (head_dim, theta, length, *, ...)")
-    known = SPECTRA.get(name)
-    if known is not None and inspect.getfile(known) != path:
-        raise ValueError(f"there is a scheme {name!r} already; give the function in {path} another name")
-    SPECTRA[name] = scheme
-    return name
 
 
 @contextmanager
@@ -158,7 +108,7 @@ def infill(
 ) -> None:
     """Prints FILE ("-": standard input) with its one <FILL> filled in. Options as for complete."""
     llama = build(seed=seed, **options)
-    with llama.ranks.together():
+    with llama.ranks.all_ranks():
         text = ""
         if llama.ranks.leads:
             if file != "-" and not os.path.isfile(file):

@@ -10,10 +10,39 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, cast
 
 RopeScaling = dict[str, Any]
 """A scheme of rope.py and its parameters: {"rope_type": "linear", "factor": 4.0}; the names are transformers'."""
+
+
+Range = tuple[type[int] | type[float], str, float, float]
+"""The values that a number may have: its kind, "at least" or "above", the lowest, the highest."""
+RANGES: dict[str, Range] = {
+    "n_layers": (int, "at least", 1, 1000),  # a model of more would take minutes to be made, even without weights
+    "norm_eps": (float, "above", 0, 1),
+    "rope_theta": (float, "above", 1, 1e30),
+    "ffn_dim_multiplier": (float, "above", 0, 100),
+    **dict.fromkeys(
+        ("dim", "n_heads", "n_kv_heads", "multiple_of", "hidden_dim", "vocab_size", "max_batch_size", "max_seq_len"),
+        (int, "at least", 1, 2**31 - 1),
+    ),
+}
+"""Of each number of ModelArgs. What a number may be derived from stands before it."""
+
+
+def checked(name: str, value: Any, allowed: Range) -> Any:
+    """`value` as an int or a float. ValueError, which calls it `name`, where it is anything else or out of range.
+
+    256.0 is 256, since JSON has one kind of number; a string, a bool or null is no number.
+    """
+    kind, bound, low, high = allowed
+    inside = isinstance(value, Real) and not isinstance(value, bool) and low <= cast(float, value) <= high
+    if not inside or (bound == "above" and value == low) or (kind is int and value != int(value)):
+        number = f"{'whole ' if kind is int else ''}number, {bound} {low} and at most {high}"
+        raise ValueError(f"{name} is {value!r:.80}; give a {number}")
+    return kind(value)
 
 
 @dataclass
@@ -41,13 +70,13 @@ class ModelArgs:
     max_seq_len: int = 2048
 
     def __post_init__(self) -> None:
-        if self.n_kv_heads is None:
-            self.n_kv_heads = self.n_heads
-        if self.hidden_dim is None:
-            self.hidden_dim = self.swiglu_dim()
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_batch_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        derived = {"n_kv_heads": lambda: self.n_heads, "hidden_dim": self.swiglu_dim}
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in derived:
+                value = derived[name]()
+            if (name, value) not in (("vocab_size", -1), ("ffn_dim_multiplier", None)):
+                setattr(self, name, checked(name, value, allowed))
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim {self.dim} can't be cut into n_heads {self.n_heads} heads of an even size; "
@@ -70,7 +99,13 @@ class ModelArgs:
 
     @classmethod
     def from_params(cls, params: dict[str, Any], **limits: Any) -> tuple[ModelArgs, list[str]]:
-        """Reads the contents of a params.json. Returns the arguments, and the keys that mean nothing here."""
+        """Reads the contents of a params.json. Returns the arguments, and the keys that mean nothing here.
+
+        Raises ValueError where the sizes that no model can do without are missing: they are not taken from 7B.
+        """
+        missing = [key for key in ("dim", "n_layers", "n_heads") if key not in params]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}, so it describes no model: download it again")
         known = {field.name for field in dataclasses.fields(cls)} - {"max_batch_size", "max_seq_len"}
         unknown = sorted(set(params) - known)
         return cls(**{key: value for key, value in params.items() if key in known}, **limits), unknown

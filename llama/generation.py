@@ -1,22 +1,25 @@
 """Llama: a checkpoint brought to life, and its three jobs, completion, infilling and chat.
 
-All jobs take one road: a job makes `Prompt`s, `stream` writes their answers through the loop of decoding.py and
-hands out `Event`s as text becomes certain, and `generate` and the jobs collect them.
+All jobs take one road: a job makes `Prompt`s, `stream` makes requests of them and yields the loop's `Event`s as text
+becomes certain, and `generate` and the jobs collect them. Any number of calls may be under way at once, in threads or
+as streams that are read in turn: they share the rows of the cache, and each gets the text it would have got alone
+(in float32; in 16 bits, rounding depends on what is computed side by side, unless the model's kernels prevent it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from llama.checkpoint import open_checkpoint
-from llama.config import RopeScaling
-from llama.decoding import Answer, Event, Stop, decode, last_logits, prefill
-from llama.lookup import agreeing
+from llama.checkpoint import Weights, open_checkpoint
+from llama.checkpoint import load as load_plain
+from llama.config import RopeScaling, checked
+from llama.decoding import Allowed, Event, Loop, Request
 from llama.model import Transformer
 from llama.parallel import Ranks, default_dtype, start
 from llama.prompts import (
@@ -34,11 +37,37 @@ from llama.prompts import (
     has_special_tags,
     infilling,
 )
-from llama.sampling import Sampling, logprobs_of
+from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 """The small checkpoint that comes with the package."""
+Stop = str | int | Iterable[str | int] | None
+"""What ends an answer besides its own end: strings, wherever they fall among the tokens, and token ids."""
+Load = Callable[[Transformer, Weights, Ranks, torch.dtype], None]
+"""Gives a model on the meta device its weights: `checkpoint.load`, or one that quantises them."""
+
+
+class Settings(TypedDict, total=False):
+    """What every call takes by keyword besides `temperature`, `top_p` and `max_gen_len`. Those of sampling are
+    explained at `sampling.Sampling`."""
+
+    top_k: int | None
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    allowed: Allowed | None
+    """Restricts what may come next: a function of the answer's tokens so far to a mask (V,), or None."""
+    stop: Stop
+    seed: int | Iterable[int] | None
+    """Makes answers reproducible. One number gives every row the same draws, so rows of one prompt want a list."""
+    reuse: bool
+    """False reads every prompt whole, whatever the cache holds of it."""
 
 
 class Llama:
@@ -54,13 +83,14 @@ class Llama:
         prefill_chunk: int = 512,
         lookup: int = 0,
     ) -> None:
-        """`prefill_chunk` tokens of each row are read at once: more is faster up to a point, and takes more memory.
-        `seed` begins the series of seeds for calls that don't give their own. `lookup` is how many tokens are guessed
-        at a time from what stands before (lookup.py): faster where code repeats itself, and the same text."""
+        """`prefill_chunk` is the most prompt tokens that are read in one step: more is faster up to a point, takes more
+        memory, and makes others wait longer. `seed` begins the series of seeds for calls that don't give their own.
+        `lookup` is how many tokens are guessed at a time from what stands before (lookup.py): faster where code repeats
+        itself, and the same text."""
         self.model = model
         self.tokenizer = tokenizer
         self.ranks = ranks or start(device=model.norm.weight.device)
-        self.prefill_chunk = prefill_chunk
+        self.loop = Loop(model, tokenizer, self.ranks, chunk=prefill_chunk)
         self.lookup = lookup
         self._seeds = torch.Generator().manual_seed(seed)
 
@@ -80,28 +110,26 @@ class Llama:
         rope_scaling: RopeScaling | None = None,
         prefill_chunk: int = 512,
         lookup: int = 0,
-        quantize: str | None = None,
-        fast: bool = False,
-        compile: bool = False,
         timeout: float = 60.0,
+        load: Load = load_plain,
+        prepare: Callable[[Transformer, Ranks], object] | None = None,
     ) -> Llama:
         """Reads a checkpoint folder (default: the embedded one) onto this process, or onto the ranks of torchrun.
 
         The cache holds `max_batch_size` rows of `max_seq_len` tokens, prompt and answer together. `model_parallel_size`
         is the number of ranks that share the model (default: all), however many shards the folder has. `dtype` is
         bfloat16 on a GPU and float32 on a CPU unless given. `rope_theta` and `rope_scaling` replace params.json's.
-        `prefill_chunk` and `lookup` are the constructor's. `quantize` is a scheme of llama/quantize (int8, int4 ...);
-        `fast` puts in the blocks of llama/fast, and `compile` compiles them for fixed shapes. `timeout` is how many
-        seconds a rank waits for the others.
-        Raises ValueError, on every rank, where the folder is no whole checkpoint or does not fit its tokenizer, the
-        ranks, or the memory.
+        `prefill_chunk` and `lookup` are the constructor's. `timeout` is how many seconds a rank waits for the others.
+        `load` reads the weights, and `prepare` changes the loaded model: `llama.load` makes both from words such as
+        quantize="int8", fast=True. Raises ValueError, on every rank, where the folder is no whole checkpoint or does
+        not fit its tokenizer, the ranks, or the memory.
 
         These are the steps, each public, for those who need others: parallel.start, checkpoint.open_checkpoint,
         Tokenizer, Transformer on the meta device, checkpoint.load, Llama.
         """
         ranks = start(model_parallel_size, device=device, timeout=timeout)
         dtype = dtype or default_dtype(ranks.device)
-        with ranks.together():
+        with ranks.all_ranks():
             if dtype == torch.float16 and ranks.device.type == "cpu":
                 raise ValueError("dtype float16 is too slow to use on a CPU: choose bfloat16 or float32")
             checkpoint = open_checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
@@ -115,61 +143,83 @@ class Llama:
                     f"{args.vocab_size} rows: use the tokenizer.model that came with this checkpoint "
                     "(the Python models have 32000 pieces, those that infill 32016)"
                 )
-            # What can't fit is refused here, before a byte is read; CODELLAMA_IGNORE_PLAN=1 lets it pass.
-            import_module("llama.interop.plan").require(checkpoint, args, ranks, dtype, prefill_chunk, quantize)
             with torch.device("meta"):
                 model = Transformer(args)
-            # Whatever was saved quantised stays so; a plain checkpoint is read by `checkpoint.load`.
-            import_module("llama.quantize.layers").quantize_load(model, checkpoint, ranks, dtype, quantize)
-            if fast or compile:
-                import_module("llama.fast").prepare_(model, prefill_chunk, fast, compile, ranks.leads)
+            load(model, checkpoint, ranks, dtype)
+            if prepare is not None:
+                with ranks.patience():  # one rank may compile for longer than another
+                    prepare(model, ranks)
         return cls(model, tokenizer, ranks=ranks, seed=seed, prefill_chunk=prefill_chunk, lookup=lookup)
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.loop.chunk
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
     def stream(
         self,
-        prompts: Sequence[Prompt | str | Sequence[int]],
+        prompts: Iterable[Prompt | str | Sequence[int]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
         *,
-        top_k: int | None = None,
-        stop: Stop = (),
-        seed: int | Sequence[int] | None = None,
-        reuse: bool = False,
+        logprobs: bool | int = False,
+        **settings: Unpack[Settings],
     ) -> Iterator[Event]:
         """Writes an answer to each prompt (a Prompt, a text, or ids) and yields what is certain of it as it comes.
 
-        `max_gen_len` (default: all that max_seq_len has room for) limits each answer. A `seed` makes an answer
-        reproducible, whatever its batch mates; one number gives every row the same draws, so that rows of one prompt
-        want a list. More prompts than max_batch_size are answered in turns. `reuse` keeps what the cache holds of the
-        same beginning, for one prompt at a time: a chat's next turn. Raises ValueError, before the model runs, for a
-        prompt that is empty or longer than max_seq_len and for settings that can't be.
+        `max_gen_len` (default: all that max_seq_len has room for) limits each answer. More prompts than max_batch_size
+        wait for a free row. `logprobs` gives each token's log-probability, and a number as many alternatives of it. Of
+        a prompt that begins like what a row of the cache holds, only the rest is read. Raises ValueError, before the
+        model runs, for a prompt that is empty or longer than max_seq_len and for settings that can't be; later
+        QueueFull, NotFinite and LostRank.
         """
-        asked = [self._prompt(prompt) for prompt in prompts]
+        asked = [self._prompt(row, prompt) for row, prompt in enumerate(_listed("prompts", prompts))]
+        told = None if logprobs is False else int(logprobs is not True and logprobs)
+        return self.loop.run(self._requests(asked, max_gen_len, temperature, top_p, told, False, settings))
+
+    def _requests(
+        self,
+        asked: Sequence[Prompt],
+        max_gen_len: int | None,
+        temperature: float,
+        top_p: float,
+        logprobs: int | None,
+        score: bool,
+        settings: Settings,
+    ) -> list[Request]:
         if not asked:
             raise ValueError("there is nothing to answer: give at least one prompt")
-        if max_gen_len is not None and max_gen_len < 0:
-            raise ValueError(f"max_gen_len is {max_gen_len}; it must be 0 or more, or None for as much as fits")
+        rest: dict[str, Any] = dict(settings)
+        seed, stop = rest.pop("seed", None), _stops(rest.pop("stop", ()))
+        reuse, allowed = bool(rest.pop("reuse", True)), rest.pop("allowed", None)
+        if max_gen_len is not None:
+            max_gen_len = checked("max_gen_len", max_gen_len, (int, "at least", 0, 2**31 - 1))
         if seed is None:
             seed = torch.randint(2**62, (len(asked),), generator=self._seeds).tolist()
-        seeds = [seed] * len(asked) if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(asked)
         if len(seeds) != len(asked):
             raise ValueError(f"{len(seeds)} seeds for {len(asked)} prompts: give one, or one for each")
-        answers = []
-        for row, (prompt, own_seed) in enumerate(zip(asked, seeds, strict=True)):
+        requests = []
+        for row, (prompt, own) in enumerate(zip(asked, seeds, strict=True)):
             self._check(row, prompt.tokens)
             room = self.model.args.max_seq_len - len(prompt.tokens)
             limit = room if max_gen_len is None else min(room, max_gen_len)
-            sampling = Sampling(temperature, top_p, top_k, own_seed)
-            answers.append(Answer(row, prompt, sampling, limit, stop, self.tokenizer, self.lookup))
-        return self._stream(answers, reuse)
+            sampling = Sampling(temperature, top_p, seed=own, **rest)
+            told = prompt, limit, sampling, stop, logprobs, score, reuse, self.lookup
+            requests.append(Request(self.tokenizer, *told, row=row, allowed=allowed))
+        return requests
 
-    def _prompt(self, prompt: Prompt | str | Sequence[int]) -> Prompt:
+    def _prompt(self, row: int, prompt: Prompt | str | Sequence[int]) -> Prompt:
         if isinstance(prompt, str):
             return completion(self.tokenizer, prompt)
-        return prompt if isinstance(prompt, Prompt) else Prompt(list(prompt), frozenset({self.tokenizer.eos_id}))
+        if isinstance(prompt, Prompt):
+            return prompt
+        try:
+            return Prompt([operator.index(token) for token in prompt], frozenset({self.tokenizer.eos_id}))
+        except TypeError:
+            raise ValueError(f"prompt {row} is {prompt!r:.80}; give a text, a list of ids, or a Prompt") from None
 
     def _check(self, row: int, tokens: Sequence[int]) -> None:
         limit, words = self.model.args.max_seq_len, self.model.args.vocab_size
@@ -181,181 +231,139 @@ class Llama:
         if not all(0 <= token < words for token in tokens):
             raise ValueError(f"prompt {row} has ids outside 0 to {words - 1}, the model's vocabulary")
 
-    @torch.inference_mode()
-    def _stream(self, answers: list[Answer], reuse: bool) -> Iterator[Event]:
-        full = [answer for answer in answers if answer.limit == 0]
-        answers = [answer for answer in answers if answer.limit > 0]
-        rows = self.model.args.max_batch_size
-        for first in range(0, len(answers), rows):
-            active = sorted(answers[first : first + rows], key=lambda a: len(a.tokens), reverse=True)
-            known = self._known(active[0].tokens) if reuse and len(active) == 1 else 0
-            cache = self.model.own_cache()
-            cache.owner, cache.tokens = active, []
-            logits = last_logits(self.model, [a.tokens for a in active], self.prefill_chunk, known)
-            cache.tokens = active[0].tokens if len(active) == 1 else []  # the very list, which grows with the answer
-            if not (yield from decode(self.model, self.ranks, active, logits)):
-                return
-        yield from (answer.end("length") for answer in full)
-
-    def _known(self, tokens: list[int]) -> int:
-        """How many of `tokens`, short of the last, are those whose keys and values stand in row 0 of the cache."""
-        read = self.model.own_cache().tokens[:-1]  # the last token was sampled, perhaps not read
-        return agreeing(read, tokens[:-1])
-
-    @torch.inference_mode()
-    def score(self, texts: Sequence[str | Sequence[int]]) -> list[Details]:
+    def score(self, texts: Iterable[str | Sequence[int]]) -> list[Details]:
         """The log-probability of each token of given texts (or ids) after those before it; None for the first.
 
-        A text is encoded as a prompt to complete, so its first token is bos. Scores are computed a chunk of one row
-        at a time, so memory does not grow with the length.
+        A text is encoded as a prompt to complete, so its first token is bos. Scores are computed a chunk at a time, so
+        memory does not grow with the length.
         """
-        sequences = [self._prompt(text).tokens for text in texts]
-        for row, tokens in enumerate(sequences):
-            self._check(row, tokens)
-        cache = self.model.own_cache()
-        cache.owner, cache.tokens = None, []
-        found: list[list[float | None]] = [[None] for _ in sequences]
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-        rows = self.model.args.max_batch_size
-        for turn in (order[first : first + rows] for first in range(0, len(order), rows)):
-            for at, h in prefill(self.model, [sequences[i] for i in turn], self.prefill_chunk):
-                for row, i in enumerate(turn[: h.shape[0]]):
-                    following = torch.tensor(sequences[i][at + 1 : at + 1 + h.shape[1]], device=h.device)
-                    if len(following):
-                        logits = self.model.logits(h[row, : len(following)])
-                        found[i] += logprobs_of(logits, following).tolist()
-        pieces = ([self.tokenizer.token_piece(t) for t in tokens] for tokens in sequences)
-        return [Details(tokens=t, logprobs=p) for t, p in zip(pieces, found, strict=True)]
+        asked = [self._prompt(row, text) for row, text in enumerate(_listed("texts", texts))]
+        if not asked:
+            return []
+        requests = self._requests(asked, 0, 0.0, 1.0, None, True, {})
+        for _ in self.loop.run(requests):
+            pass
+        return [self._scored(request) for request in requests]
+
+    def _scored(self, request: Request) -> Details:
+        pieces = [self.tokenizer.token_piece(token) for token in request.prompt.tokens]
+        return Details(tokens=pieces, logprobs=list(request.prompt_logprobs))
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Sequence[int]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
         stop_token: int | None = None,
-        *,
-        top_k: int | None = None,
-        stop: Stop = (),
-        seed: int | Sequence[int] | None = None,
+        **settings: Unpack[Settings],
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
         """Ids that continue each prompt, up to eos or `stop_token`, and on request their log-probabilities.
 
         With `echo` both begin with the prompt's own; the first token's log-probability is None. Arguments and errors
         are those of `stream`.
         """
+        asked = [self._prompt(row, tokens) for row, tokens in enumerate(_listed("prompt_tokens", prompt_tokens))]
         ends = frozenset({self.tokenizer.eos_id} if stop_token is None else {self.tokenizer.eos_id, stop_token})
-        asked = [Prompt(list(tokens), ends) for tokens in prompt_tokens]
-        results = self._collect(asked, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
+        asked = [Prompt(prompt.tokens, ends) for prompt in asked]
+        results, details = self._collect(asked, max_gen_len, temperature, top_p, logprobs, echo, settings)
         tokens = [(p.tokens if echo else []) + r.tokens for p, r in zip(asked, results, strict=True)]
-        if not logprobs:
-            return tokens, None
-        before = [s["logprobs"] for s in self.score([p.tokens for p in asked])] if echo else [[] for _ in asked]
-        return tokens, [[*own, *r.logprobs] for own, r in zip(before, results, strict=True)]
+        return tokens, [d["logprobs"] for d in details] if logprobs else None
 
-    def _collect(self, asked: Sequence[Prompt], *settings: Any, **named: Any) -> list[Event]:
-        """All events of each row in one; the settings are those of `stream`."""
+    def _collect(
+        self,
+        asked: Sequence[Prompt],
+        max_gen_len: int | None,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+        echo: bool,
+        settings: Settings,
+    ) -> tuple[list[Event], list[Details]]:
+        """All events of each prompt in one, and what its prediction holds more with `logprobs`; those of an echoed
+        prompt come first."""
+        told = 0 if logprobs else None
+        requests = self._requests(asked, max_gen_len, temperature, top_p, told, logprobs and echo, settings)
         rows: list[list[Event]] = [[] for _ in asked]
-        for event in self.stream(asked, *settings, **named):
+        for event in self.loop.run(requests):
             rows[event.row].append(event)
-        return [
-            Event(
-                row,
-                [token for event in events for token in event.tokens],
-                "".join(event.text for event in events),
-                [logprob for event in events for logprob in event.logprobs],
-                events[-1].finish_reason if events else None,
-            )
-            for row, events in enumerate(rows)
-        ]
-
-    def _details(self, result: Event, logprobs: bool, before: Details | None = None) -> Details:
-        """What a prediction holds more with `logprobs`; those of an echoed prompt come first."""
-        if not logprobs:
-            return {}
-        start = before or Details(tokens=[], logprobs=[])
-        pieces = [self.tokenizer.token_piece(token) for token in result.tokens]
-        return Details(tokens=start["tokens"] + pieces, logprobs=[*start["logprobs"], *result.logprobs])
+        results, details = [], []
+        for request, events in zip(requests, rows, strict=True):
+            tokens = [token for event in events for token in event.tokens]
+            numbers = [logprob for event in events for logprob in event.logprobs]
+            text, reason = "".join(event.text for event in events), events[-1].finish_reason if events else None
+            results.append(Event(request.row, tokens, text, numbers, reason))
+            before = self._scored(request) if request.score else Details(tokens=[], logprobs=[])
+            pieces = [self.tokenizer.token_piece(token) for token in tokens]
+            own = Details(tokens=before["tokens"] + pieces, logprobs=[*before["logprobs"], *numbers])
+            details.append(own if logprobs else Details())
+        return results, details
 
     # Jobs ------------------------------------------------------------------------------------------------------------
 
     def text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        top_k: int | None = None,
-        stop: Stop = (),
-        seed: int | Sequence[int] | None = None,
+        **settings: Unpack[Settings],
     ) -> list[CompletionPrediction]:
         """Continues each text: `generation`, `finish_reason`, and with `logprobs` the `tokens` and their `logprobs`.
 
         `echo` puts the prompt before all of these. Arguments and errors are those of `stream`.
         """
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one text; give a list of texts")
-        asked = [completion(self.tokenizer, text) for text in prompts]
-        results = self._collect(asked, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
-        scores = self.score([p.tokens for p in asked]) if echo and logprobs else [None] * len(asked)
+        texts = _texts("prompts", prompts)
+        asked = [completion(self.tokenizer, text) for text in texts]
+        found = self._collect(asked, max_gen_len, temperature, top_p, logprobs, echo, settings)
         return [
             CompletionPrediction(
-                generation=(text if echo else "") + result.text,
-                finish_reason=result.finish_reason,
-                **self._details(result, logprobs, before),
+                generation=(text if echo else "") + result.text, finish_reason=result.finish_reason, **details
             )
-            for text, result, before in zip(prompts, results, scores, strict=True)
+            for text, result, details in zip(texts, *found, strict=True)
         ]
 
     def text_infilling(
         self,
-        prefixes: Sequence[str],
-        suffixes: Sequence[str],
+        prefixes: Iterable[str],
+        suffixes: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
         suffix_first: bool = False,
-        *,
-        top_k: int | None = None,
-        stop: Stop = (),
-        seed: int | Sequence[int] | None = None,
+        **settings: Unpack[Settings],
     ) -> list[InfillingPrediction]:
         """Writes what stands between each prefix and suffix: `generation`, `full_text` with all three parts, and as
         `text_completion`. `suffix_first` asks in SPM order. ValueError where the checkpoint has no infilling marks."""
-        if isinstance(prefixes, str) or isinstance(suffixes, str):
-            raise ValueError("prefixes or suffixes is one text; give two lists of texts")
+        prefixes, suffixes = _texts("prefixes", prefixes), _texts("suffixes", suffixes)
         if len(prefixes) != len(suffixes):
             raise ValueError(f"{len(prefixes)} prefixes and {len(suffixes)} suffixes: give as many of both")
         parts = list(zip(prefixes, suffixes, strict=True))
         asked = [infilling(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in parts]
-        results = self._collect(asked, max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
+        found = self._collect(asked, max_gen_len, temperature, top_p, logprobs, False, settings)
         return [
             InfillingPrediction(
                 generation=result.text,
                 full_text=prefix + result.text + suffix,
                 finish_reason=result.finish_reason,
-                **self._details(result, logprobs),
+                **details,
             )
-            for (prefix, suffix), result in zip(parts, results, strict=True)
+            for (prefix, suffix), result, details in zip(parts, *found, strict=True)
         ]
 
     def chat_completion(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        *,
-        top_k: int | None = None,
-        stop: Stop = (),
-        seed: int | Sequence[int] | None = None,
+        **settings: Unpack[Settings],
     ) -> list[ChatPrediction]:
         """Answers each dialog: `generation` is the assistant's message, the rest as `text_completion`.
 
@@ -363,27 +371,58 @@ class Llama:
         ValueError that names the dialog where the roles don't alternate or it does not end with the user.
         """
         asked: dict[int, Prompt] = {}
-        for i, messages in enumerate(dialogs):
+        given = _listed("dialogs", dialogs)
+        for i, messages in enumerate(given):
+            if isinstance(messages, (Mapping, str)):
+                raise ValueError("dialogs is one dialog, or something else; give a list of dialogs, each of messages")
             try:
                 check_dialog(messages)
                 if not has_special_tags(messages):
                     asked[i] = dialog(self.tokenizer, messages)
             except ValueError as error:
                 raise ValueError(f"dialog {i}: {error}") from error
-        if not dialogs:
+        if not given:
             raise ValueError("there are no dialogs: give at least one")
-        refused = Event(-1, [], UNSAFE_ERROR, [], "refused")
-        if isinstance(seed, Sequence) and len(seed) == len(dialogs):
-            seed = [seed[i] for i in asked]
-        prompts = [*asked.values()]
-        settings: dict[str, Any] = {"top_k": top_k, "stop": stop, "seed": seed}
-        found = self._collect(prompts, max_gen_len, temperature, top_p, **settings) if asked else []
-        results = dict(zip(asked, found, strict=True))
+        refused = Event(-1, [], UNSAFE_ERROR, [], "refused"), Details(tokens=[], logprobs=[]) if logprobs else Details()
+        seed = settings.get("seed")
+        if isinstance(seed, Iterable):
+            seeds = list(seed)
+            settings["seed"] = [seeds[i] for i in asked] if len(seeds) == len(given) else seeds
+        found = {}
+        if asked:
+            answered = self._collect([*asked.values()], max_gen_len, temperature, top_p, logprobs, False, settings)
+            found = dict(zip(asked, zip(*answered, strict=True), strict=True))
         return [
             ChatPrediction(
                 generation=Message(role="assistant", content=result.text, destination="user"),
                 finish_reason=result.finish_reason,
-                **self._details(result, logprobs),
+                **details,
             )
-            for result in (results.get(i, refused) for i in range(len(dialogs)))
+            for result, details in (found.get(i, refused) for i in range(len(given)))
         ]
+
+
+def _listed(name: str, values: Iterable[Any]) -> list[Any]:
+    """What is iterated over once; ValueError for a single text, whose letters would be taken one by one."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r:.80}; give a list")
+    return list(values)
+
+
+def _texts(name: str, values: Iterable[str]) -> list[str]:
+    texts = _listed(name, values)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {i} is {text!r:.80}; give a list of texts")
+    return texts
+
+
+def _stops(stop: Stop) -> tuple[str | int, ...]:
+    """Whatever is said of `stop`, as strings and ids."""
+    given = (stop,) if isinstance(stop, (str, bytes)) or not isinstance(stop, Iterable) else stop
+    ends: list[str | int] = []
+    for s in given if stop is not None else ():
+        if not isinstance(s, (str, Integral)):
+            raise ValueError(f"stop has {s!r:.80}; give a text, a token's id, or a list of such")
+        ends.append(s if isinstance(s, str) else int(s))
+    return tuple(ends)

@@ -25,6 +25,8 @@ from llama.rope import rotate, rotation_tables, spectrum
 
 Attend = Callable[[Tensor, Tensor, Tensor, Span], Tensor]
 """Attention itself: q (B, H, T, D), keys and values (B, K, S, D), and what each token sees; gives (B, H, T, D)."""
+Start = int | Sequence[int] | Tensor | Span
+"""Where new tokens stand: a position for all rows, one for each, or a `KVCache.span`, which may begin at any row."""
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """New keys and values (B, T, K, D) to all the visible ones (B, K, S, D)."""
 
@@ -50,28 +52,25 @@ class Transformer(nn.Module):
         self.cache: KVCache | None = None
         self._tables: tuple[int, Tensor, Tensor] | None = None
 
-    def forward(
-        self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, start_pos: Start | None = None, cache: KVCache | None = None) -> Tensor:
         """Scores (B, T, V), float32, of the token that follows each of `tokens` (B, T).
 
         Without `start_pos` the tokens are whole sequences and nothing is remembered: the way to train. With it (one
-        position, or one for each row) they continue what `cache` holds: any number of tokens at any position, as
-        long as the positions before them were once written. Without `cache` it is the model's own, made at the
-        first use from max_batch_size and max_seq_len. No gradient flows through a cache.
+        position, one for each row, or a `span` of the cache) they continue what `cache` holds: any number of tokens at
+        any position, as long as the positions before them were once written. Without `cache` it is the model's own,
+        made at the first use from max_batch_size and max_seq_len. No gradient flows through a cache.
         """
         return self.logits(self.hidden(tokens, start_pos, cache))
 
-    def hidden(
-        self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, start_pos: Start | None = None, cache: KVCache | None = None) -> Tensor:
         """`forward` up to the last norm: (B, T, dim). For those who need the scores of a few positions only."""
         B, T = tokens.shape
         if start_pos is None and cache is None:
-            span = Span(torch.arange(T, device=tokens.device)[None], T, 0, self.norm.weight.dtype)
+            span = Span([0], T, T, self.norm.weight.dtype, tokens.device)
         else:
             cache = cache or self.own_cache()
-            span = cache.span(0 if start_pos is None else start_pos, B, T)
+            start_pos = 0 if start_pos is None else start_pos
+            span = start_pos if isinstance(start_pos, Span) else cache.span(start_pos, B, T)
         cos, sin = self.rotation(cache.slots if cache else T)
         rotation = cos[span.positions].unsqueeze(2), sin[span.positions].unsqueeze(2)  # (B or 1, T, 1, D/2)
         h = self.tok_embeddings(tokens)
@@ -129,12 +128,16 @@ def scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> T
     a stride of 0. (With `enable_gqa` and a mask, PyTorch falls back to copying keys and values on CUDA.)
     """
     B, H, T, D = q.shape
-    K, mask = keys.shape[1], None if span.is_square else span.mask
+    K, mask = keys.shape[1], None
+    if T == 1 and span.start is not None:  # one token sees all slots up to its own
+        keys, values = keys[:, :, : span.start + 1], values[:, :, : span.start + 1]
+    elif not span.is_square:
+        mask = span.mask
     if K < H:
         q = q.reshape(B * K, H // K, T, D)
         keys, values = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (keys, values))
         mask = None if mask is None else mask.expand(B, K, -1, -1).flatten(0, 1).unsqueeze(1)  # (B * K, 1, T, S)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=span.is_square)
     return out.reshape(B, H, T, D)
 
 

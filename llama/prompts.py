@@ -35,8 +35,9 @@ SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>", "<step>")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
-FinishReason = Literal["stop", "length", "refused"]
-"""The model or a `stop` ended the answer; it reached max_gen_len or max_seq_len; the dialog was not answered."""
+FinishReason = Literal["stop", "length", "refused", "error"]
+"""The model or a `stop` ended the answer; it reached max_gen_len or max_seq_len; the dialog was not answered; an error
+ended it, such as logits that are not finite."""
 
 
 @dataclass(frozen=True)

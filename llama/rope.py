@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.config import RopeScaling
+from llama.config import RANGES, Range, RopeScaling, checked
 
 
 class Spectrum(NamedTuple):
@@ -101,6 +101,9 @@ def yarn(
     (arXiv 2309.00071, section 3.2; the paper's own equation is `yarn_paper`).
     """
 
+    if beta_slow > beta_fast:
+        raise ValueError(f"rope_scaling has beta_slow {beta_slow} and beta_fast {beta_fast}; beta_fast is the larger")
+
     def pair_that_turns(times: float) -> float:
         turns_of_first = original_max_position_embeddings / (2 * math.pi)
         return head_dim * math.log(turns_of_first / times) / (2 * math.log(theta))
@@ -156,9 +159,10 @@ def longrope(
 ) -> Spectrum:
     """LongRoPE: each pair has a divisor of its own, found by search, and another beyond the trained context L; cos and
     sin are scaled by sqrt(1 + ln s / ln L) (arXiv 2402.13753, and its released code)."""
+    for factors in (short_factor, long_factor):
+        if len(factors) != head_dim // 2:
+            raise ValueError(f"rope_scaling has {len(factors)} factors for {head_dim // 2} pairs: give one for each")
     chosen = long_factor if length > original_max_position_embeddings else short_factor
-    if len(chosen) != head_dim // 2:
-        raise ValueError(f"rope_scaling has {len(chosen)} factors for {head_dim // 2} pairs: give one for each")
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original_max_position_embeddings))
     plain = default(head_dim, theta, length).inv_freq
@@ -186,8 +190,6 @@ def llama3(
 def proportional(head_dim: int, theta: float, length: int, *, partial_rotary_factor: float) -> Spectrum:
     """p-RoPE: the fastest floor(p·D/2) pairs turn as ever, the others not at all (arXiv 2410.06205)."""
     plain = default(head_dim, theta, length).inv_freq
-    if not 0 <= partial_rotary_factor <= 1:
-        raise ValueError(f"partial_rotary_factor is {partial_rotary_factor}; it must be between 0 and 1")
     turning = torch.arange(len(plain), device="cpu") < int(partial_rotary_factor * head_dim // 2)
     return Spectrum(plain * turning)
 
@@ -206,16 +208,23 @@ SPECTRA: dict[str, Callable[..., Spectrum]] = {
 """Every scheme by its name, which is transformers' where it has it. One of your own is a function of the same kind
 (what it takes besides head_dim, theta and length, by keyword alone), put in here under its name."""
 
+_POSITIVE = ("attention_factor", "alpha", "beta", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+_RANGES: dict[str, Range] = {
+    **dict.fromkeys(("factor", "original_max_position_embeddings"), (float, "at least", 1, 1e9)),
+    **dict.fromkeys((*_POSITIVE, "short_factor", "long_factor"), (float, "at least", 1e-9, 1e9)),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), (float, "at least", 0, 1e9)),
+    "partial_rotary_factor": (float, "at least", 0, 1),
+}
+"""Of a scaling's numbers, and of each number of a list."""
+
 
 def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: int) -> Spectrum:
     """The spectrum that a `rope_scaling` names, for tables of `length` positions; ValueError where it can't be."""
     if scaling is not None and not isinstance(scaling, dict):
-        raise ValueError(
-            f"rope_scaling is {scaling!r}; give a dictionary such as {{'rope_type': 'linear', 'factor': 4}}"
-        )
+        raise ValueError(f"rope_scaling is {scaling!r:.50}; give a dictionary: {{'rope_type': 'linear', 'factor': 4}}")
     parameters = dict(scaling or {})
     name = parameters.pop("rope_type", parameters.pop("type", "default"))
-    if name not in SPECTRA:
+    if not isinstance(name, str) or name not in SPECTRA:
         raise ValueError(f"rope_scaling asks for rope_type {name!r}; there are {', '.join(SPECTRA)}")
     scheme = SPECTRA[name]
     accepted = inspect.signature(scheme).parameters
@@ -227,11 +236,19 @@ def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: i
             f"rope_scaling {scaling} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}; "
             f"{name!r} takes {list(options) or 'no parameters'}"
         )
-    for key in ("factor", "original_max_position_embeddings"):
-        value = parameters.get(key, 1)
-        if not isinstance(value, (int, float)) or not 1 <= value < math.inf:
-            raise ValueError(f"rope_scaling has {key} {value!r}; it must be a number of at least 1")
-    found = Spectrum(*scheme(head_dim, theta, length, **parameters))
+    for key, value in parameters.items():
+        default_value = options[key].default
+        if isinstance(default_value, bool) and not isinstance(value, bool):
+            raise ValueError(f"rope_scaling's {key} is {value!r:.80}; give true or false")
+        if key in _RANGES and not (value is None and default_value is None):
+            many = key in ("short_factor", "long_factor") and isinstance(value, (list, tuple))
+            for number in value if many else [value]:
+                checked(f"rope_scaling's {key}", number, _RANGES[key])
+    checked("rope_theta", theta, RANGES["rope_theta"])
+    try:
+        found = Spectrum(*scheme(head_dim, theta, length, **parameters))
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"rope_scaling {scaling} can't be used for heads of {head_dim} ({error})") from error
     if found.inv_freq.shape != (head_dim // 2,):
         raise ValueError(
             f"{name!r} gives frequencies of shape {tuple(found.inv_freq.shape)}; a scheme gives one for each of the "
@@ -243,7 +260,7 @@ def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: i
 def rotation_tables(spectrum: Spectrum, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of every angle, each (length, D/2) float32 on `device`."""
     with torch.inference_mode(False):  # the tables are kept, and training may need them next
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), spectrum.inv_freq.clone())
+        angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), spectrum.inv_freq.clone())
         cos, sin = angles.cos() * spectrum.attention_scale, angles.sin() * spectrum.attention_scale
         return cos.float().to(device), sin.float().to(device)
 

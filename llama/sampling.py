@@ -1,18 +1,43 @@
-"""Sampling: from scores to a token.
+"""Sampling: from logits to a token.
 
-Temperature 0 takes the likeliest token. Otherwise the scores are divided by the temperature, turned into
-probabilities, cut to the `top_k` likeliest and to the smallest set that holds `top_p` of the mass (nucleus sampling,
-arXiv 1904.09751), and one number drawn uniformly picks a token from what is left. Every row draws from a generator of
-its own, so what it gets depends on its seed and its scores, never on its batch mates.
+Temperature 0 takes the likeliest token. Otherwise logits are divided by the temperature, turned into probabilities, cut
+to the `top_k` likeliest, to the smallest set that holds `top_p` of the mass (nucleus sampling, arXiv 1904.09751) and to
+those with at least `min_p` of the likeliest one's probability (arXiv 2407.01082), and one number drawn uniformly picks
+a token from what is left. Before all that, penalties lower the logits of tokens that were there already (repetition:
+CTRL, arXiv 1909.05858, section 4.1; presence and frequency: OpenAI's API), and biases and masks change single ones.
+
+The i-th token of an answer uses the i-th number of a series that follows from its seed. So what a row gets depends on
+its seed and its logits, never on its batch mates, nor on how many tokens were guessed at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from llama.config import Range, checked
+
+NOT_FINITE = -1
+"""In place of a token: a logit is NaN or infinite, so that there is nothing to choose from."""
+_BLOCK = 32  # numbers that are drawn at once
+
+
+RANGES: dict[str, Range] = {
+    "temperature": (float, "at least", 0, 1e9),
+    "top_p": (float, "at least", 0, 1),
+    "min_p": (float, "at least", 0, 1),
+    "repetition_penalty": (float, "at least", 1e-3, 1e3),
+    "presence_penalty": (float, "at least", -1e3, 1e3),
+    "frequency_penalty": (float, "at least", -1e3, 1e3),
+    "seed": (int, "at least", -(2**63), 2**64 - 1),  # torch.Generator's
+    "top_k": (int, "at least", 1, 2**31 - 1),
+}
+"""Of each number of Sampling."""
+_TOKEN: Range = (int, "at least", 0, 2**31 - 1)
+_BIAS: Range = (float, "at least", -1e9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -20,57 +45,163 @@ class Sampling:
     """How a row's tokens are chosen. Raises ValueError for what can't be."""
 
     temperature: float = 0.6
+    """0: the likeliest token (greedy)."""
     top_p: float = 0.9
+    """The share of the mass that is kept: 1 keeps every token, 0 the likeliest."""
     top_k: int | None = None
+    """How many tokens are kept; None keeps every one."""
     seed: int = 1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens in prompt and answer are divided by it, negative ones multiplied; 1: none."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the answer, once."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the answer as often as they stand there."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of single tokens, by their ids."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be between 0 (the likeliest) and 1 (every token)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or None to keep every token")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if (name, value) != ("top_k", None):
+                object.__setattr__(self, name, checked(name, value, allowed))
+        biases = {
+            checked("a token of logit_bias", token, _TOKEN): checked(f"logit_bias of token {token}", bias, _BIAS)
+            for token, bias in (self.logit_bias or {}).items()
+        }
+        object.__setattr__(self, "logit_bias", biases)
 
-    def generator(self) -> torch.Generator:
-        """A new source of randomness, on the CPU, so that a seed gives the same numbers on every device."""
-        return torch.Generator().manual_seed(self.seed)
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
 
-
-def sample(logits: Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
-    """One token for each row of logits (B, V) float32: (B,) int64. Draws one number from each row's generator."""
-    greedy = logits.argmax(-1)
-    if all(s.temperature == 0 for s in settings):
-        return greedy
-    device = logits.device
-    temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
-    # The largest score is made 0 first, so that dividing by a tiny temperature can't overflow.
-    above = logits - logits.amax(-1, keepdim=True)
-    probs = torch.softmax(above / temperature.clamp_min(torch.finfo(torch.float32).tiny), dim=-1)
-    if any(s.top_p < 1 or s.top_k for s in settings):
-        probs = keep_likeliest(probs, settings)
-    cumulative = probs.cumsum(-1)
-    drawn = torch.stack([torch.rand((), generator=g) for g in generators]).to(device)[:, None]
-    # The first token at which the running sum passes the drawn share of the mass; a token of probability 0 never is.
-    picked = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).squeeze(1)
-    is_greedy = torch.tensor([s.temperature == 0 for s in settings], device=device)
-    return torch.where(is_greedy, greedy, picked.clamp_(max=logits.shape[-1] - 1))
+    @property
+    def has_penalties(self) -> bool:
+        return self.penalties != (1, 0, 0)
 
 
-def keep_likeliest(probs: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """probs (B, V) with 0 outside each row's top_k and nucleus. The order of the vocabulary stays, so that a row is
-    sampled alike whether or not its batch mates made this cut necessary."""
-    vocabulary = probs.shape[-1]
-    top_p = torch.tensor([s.top_p for s in settings], device=probs.device)[:, None]
-    top_k = torch.tensor([s.top_k or vocabulary for s in settings], device=probs.device)[:, None]
+class Draws:
+    """One row's series of numbers between 0 and 1, the i-th for its i-th token. Drawn on the CPU, so that a seed gives
+    the same on every device; as the bits of a float32, so that they travel there beside ids."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._generator = None if sampling.temperature == 0 else torch.Generator().manual_seed(sampling.seed)
+        self._bits: list[int] = []
+
+    def __call__(self, first: int, n: int) -> list[int]:
+        """Those of tokens `first` to `first` + n - 1; zeros for greedy sampling."""
+        if self._generator is None:
+            return [0] * n
+        while len(self._bits) < first + n:
+            drawn = torch.rand(_BLOCK, generator=self._generator, dtype=torch.float32, device="cpu")
+            self._bits += drawn.view(torch.int32).tolist()
+        return self._bits[first : first + n]
+
+
+class Batch:
+    """The settings of B rows as tensors. They are made when rows change, and used until they change again."""
+
+    def __init__(
+        self,
+        settings: Sequence[Sampling],
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        vocabulary: int,
+        device: torch.device,
+    ) -> None:
+        """`prompts` and `answers` are the tokens that penalties count, of each row."""
+        self._greedy = [s.temperature == 0 for s in settings]
+        drawn = [s for s in settings if s.temperature > 0]
+        self._cuts, self._cuts_min = any(s.top_p < 1 or s.top_k for s in drawn), any(s.min_p for s in drawn)
+        columns = [
+            [s.temperature == 0, s.temperature or 1.0, s.top_p, s.top_k or vocabulary, s.min_p, *s.penalties]
+            for s in settings
+        ]
+        table = torch.tensor(columns, dtype=torch.float32, device="cpu").to(device)
+        self._table = table.T[:, :, None, None]  # each column (B, 1, 1)
+        self._counts: Tensor | None = None
+        self._bias: Tensor | None = None
+        if any(s.has_penalties for s in settings):
+            counts = torch.zeros(2, len(settings), 1, vocabulary, device="cpu")
+            for which, sequences in enumerate((prompts, answers)):
+                for row, tokens in enumerate(sequences):
+                    counts[which, row, 0] = torch.bincount(
+                        torch.tensor(tokens, dtype=torch.int64), minlength=vocabulary
+                    )
+            self._in_prompt, self._counts = counts.to(device)
+        if any(s.logit_bias for s in settings):
+            bias = torch.zeros(len(settings), 1, vocabulary, device="cpu")
+            for row, s in enumerate(settings):
+                for token, value in (s.logit_bias or {}).items():
+                    if token >= vocabulary:
+                        raise ValueError(f"logit_bias has token {token}; the model knows 0 to {vocabulary - 1}")
+                    bias[row, 0, token] = value
+            self._bias = bias.to(device)
+
+    def sample(self, logits: Tensor, draws: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """One token for each position of logits (B, T, V) float32, as if those before it were taken: (B, T) int64,
+        NOT_FINITE where a logit is not. `draws` (B, T) are between 0 and 1; `allowed` (B, T, V) says which may be.
+
+        What penalties count are the first tokens; rows that have some take no others.
+        """
+        finite = logits.amax(-1).isfinite() if self._bias is not None or allowed is not None else None
+        logits = self._adjusted(logits)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        largest, chosen = logits.max(-1)  # NaN where there is one
+        finite = largest.isfinite() if finite is None else finite
+        if not all(self._greedy):
+            drawn = self._drawn(logits - largest.unsqueeze(-1), draws)
+            chosen = torch.where(self._table[0, ..., 0] > 0, chosen, drawn) if any(self._greedy) else drawn
+        chosen = chosen.masked_fill(~finite, NOT_FINITE)
+        if self._counts is not None:
+            first = chosen[:, :1].clamp_min(0).unsqueeze(1)
+            self._counts.scatter_add_(-1, first, torch.ones_like(first, dtype=self._counts.dtype))
+        return chosen
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """After penalties and biases."""
+        if self._counts is not None:
+            repetition, presence, frequency = self._table[5:]
+            seen = self._in_prompt + self._counts > 0
+            lowered = torch.where(logits > 0, logits / repetition, logits * repetition)
+            logits = torch.where(seen, lowered, logits)
+            logits = logits - frequency * self._counts - presence * (self._counts > 0)
+        return logits if self._bias is None else logits + self._bias
+
+    def _drawn(self, below: Tensor, draws: Tensor) -> Tensor:
+        """Picks by `draws` (B, T) from logits (B, T, V) of which the largest is 0, so that dividing by a tiny
+        temperature can't overflow."""
+        _, temperature, top_p, top_k, min_p, *_ = self._table
+        probs = torch.softmax(below / temperature.clamp_min(torch.finfo(torch.float32).tiny), dim=-1)
+        if self._cuts:
+            probs = keep_likeliest(probs, top_p, top_k)
+        if self._cuts_min:
+            probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
+        cumulative = probs.cumsum(-1)
+        # The first token at which the running sum passes the drawn share of the mass; one of probability 0 never is.
+        picked = torch.searchsorted(cumulative, draws.unsqueeze(-1) * cumulative[..., -1:], right=True)
+        return picked.squeeze(-1).clamp_(max=below.shape[-1] - 1)
+
+
+def keep_likeliest(probs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """probs (B, T, V) with 0 outside each row's nucleus and `top_k`, both (B, 1, 1). The order of the vocabulary stays,
+    so that a row is sampled alike whether or not its batch mates made this cut necessary."""
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked  # the mass of those that are likelier
-    rank = torch.arange(vocabulary, device=probs.device)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
     kept = ((before < top_p) | (top_p == 1) | (rank == 0)) & (rank < top_k)
     return torch.zeros_like(probs).scatter_(-1, order, ranked * kept)
 
 
-def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p of each token under its scores (..., V), before temperature and cuts: (...) float32."""
+def logprobs_of(logits: Tensor, tokens: Tensor, alternatives: int = 0) -> Tensor:
+    """log p of each of `tokens` (...) under its logits (..., V), before temperature, penalties and cuts; then those of
+    the likeliest `alternatives`, then their ids: (..., 1 + 2 * alternatives) float32, which has all ids below 2^24."""
     # On a CPU several times as quick as a logsumexp by itself.
-    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(-1, tokens.unsqueeze(-1))
+    if not alternatives:
+        return own
+    values, ids = logprobs.topk(alternatives, -1)
+    return torch.cat((own, values, ids.to(own.dtype)), -1)

@@ -104,6 +104,8 @@ def built_llama(tiny_checkpoint: Path) -> Llama:
 
 @pytest.fixture
 def tiny_llama(built_llama: Llama) -> Llama:
-    """That checkpoint, built once; the group of one that its layers need is there again if another test has left it."""
+    """That checkpoint, built once, with an empty cache; the group of one that its layers need is there again if another
+    test has left it."""
     parallel.start()
+    built_llama.model.own_cache().forget()
     return built_llama

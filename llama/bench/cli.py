@@ -38,10 +38,11 @@ from llama.bench.rounds import spread
 from llama.bench.shapes import SHAPES, random_model, shape_args, tokenizer_of, write_tokenizer
 from llama.bench.subject import Ours, Subject, Work, work_of
 from llama.checkpoint import open_checkpoint, save
-from llama.cli import PATHS, build
+from llama.cli import PATHS
 from llama.evals.cli import read_sources
 from llama.evals.record import Record, origin, save_record
 from llama.evals.table import render
+from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.interop.huggingface import to_config
 from llama.interop.names import ROTATED, to_halves, to_huggingface

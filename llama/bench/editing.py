@@ -173,7 +173,7 @@ def editing(
         for most in (0, lookup):
             own = [case for case in asked if case.kind == kind]
             writer = Llama(cast(Transformer, watched), llama.tokenizer, ranks=llama.ranks, lookup=most)
-            writer.prefill_chunk = llama.prefill_chunk
+            writer.loop.chunk = llama.prefill_chunk
             tasks[kind, most] = _writing(writer, watched, own, counts, (kind, most))
     timer = timer or Timer.of(llama.ranks.device)
     seconds = interleave(tasks, rounds, timer, what="editing", progress=progress)

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llama.cli import build
 from llama.evals.compression import compression
 from llama.evals.functions import complete_functions
 from llama.evals.lines import Order, infill_lines
@@ -20,6 +19,7 @@ from llama.evals.positions import loss_by_position
 from llama.evals.retrieval import DEPTHS, retrieval
 from llama.evals.sources import Source, choose_files, read_folder
 from llama.evals.table import number, percent, render
+from llama.front import load as build
 from llama.generation import Llama
 from llama.train.collection import TOTALS, read_documents
 from llama.train.corpus import read_corpus

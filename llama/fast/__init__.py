@@ -1,8 +1,8 @@
 """The fast version of the model: the same numbers in fewer and better steps. model.py stays the one to read.
 
-from llama import Llama
+from llama import load
 
-llama = Llama.build(fast=True)
+llama = load(fast=True)
 """
 
 from llama.fast.block import FusedBlock, FusedNorm, Turn
@@ -28,9 +28,10 @@ def speed_up_(model: Transformer) -> Transformer:
     return model
 
 
-def prepare_(model: Transformer, chunk: int, fast: bool, compile: bool, progress: bool) -> None:
-    """What `Llama.build(fast=…, compile=…)` does to a loaded model: fused blocks, then compiled."""
+def prepare_(model: Transformer, chunk: int, fast: bool, compile: bool, progress: bool, lookup: int = 0) -> None:
+    """What `fast=…` and `compile=…` do to a loaded model: fused blocks, then compiled. `chunk` and `lookup` are the
+    loop's: the most tokens of a prompt read at once, and the most proposed after a row's last."""
     if fast:
         speed_up_(model)
     if compile:
-        compile_(model, chunk, progress)
+        compile_(model, chunk, progress, lookup)

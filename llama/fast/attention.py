@@ -20,6 +20,8 @@ from llama.model import scaled_dot_product
 
 SHORT = 1 << 13
 """Slots of all rows' kv heads up to which, for one query on a CPU, the fused kernel is faster after all."""
+GIVES_FLOAT32 = hasattr(torch.ops.aten.bmm, "dtype")
+"""Whether CUDA's product of 16-bit numbers gives its float32 sums as they are (PyTorch 2.8)."""
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
@@ -48,14 +50,20 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     scores = _scores(grouped, keys.flatten(0, 1))  # (B * K, H / K, S)
     if mask is not None:
         scores = (scores.reshape(B, H, 1, -1) + mask).view_as(scores)
-    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(B, H, 1, D)
+    weights = scores.softmax(-1).type_as(values)
+    return torch.bmm(weights, values.flatten(0, 1)).view(B, H, 1, D)
 
 
 def _scores(q: Tensor, keys: Tensor) -> Tensor:
-    """q·k / sqrt(D): (N, R, D) and (N, S, D) to (N, R, S). Where the root is a power of 2, the queries are divided
-    instead of the scores: it is exact, and they are fewer. Keys first: with few queries PyTorch multiplies so several
-    times faster where rows are slices of a longer cache."""
+    """q·k / sqrt(D), float32: (N, R, D) and (N, S, D) to (N, R, S). A score of some tens has no room in bfloat16: its
+    rounding would be a factor of the softmax's weight. Where the root is a power of 2, the queries are divided instead
+    of the scores: it is exact, and they are fewer. Keys first: with few queries PyTorch multiplies so several times
+    faster where rows are slices of a longer cache."""
     scale = q.shape[-1] ** -0.5
     exact = math.frexp(scale)[0] == 0.5
-    scores = torch.bmm(keys, (q * scale if exact else q).mT).mT
+    q = (q * scale if exact else q).mT
+    if q.is_cuda and q.dtype != torch.float32 and GIVES_FLOAT32:
+        scores = torch.bmm(keys, q, out_dtype=torch.float32).mT
+    else:
+        scores = torch.bmm(keys.float(), q.float()).mT
     return scores if exact else scores.mul_(scale)

@@ -61,7 +61,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._made_of: Tensor | None = None
-        self._factors = torch.empty(0)
+        self._factors = torch.empty(0, device="cpu")
 
     def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, H, D) is no longer needed afterwards."""

@@ -17,12 +17,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from llama.cache import KVCache
+from llama.cache import KVCache, Span
 from llama.fast.block import FusedBlock, FusedNorm
 from llama.fast.packing import matrix_of
 from llama.kernels import library
 from llama.kernels.matrix import FEW, PLAIN, Matrix
-from llama.model import Transformer
+from llama.model import Start, Transformer
 from llama.parallel import RowParallelLinear
 
 MATRICES = ("wqkv", "wo", "w13", "w2")
@@ -62,6 +62,7 @@ class Steps:
         self._starts = (ctypes.c_int64 * FEW)()
         self._step.starts = ctypes.addressof(self._starts)
         self._cache: weakref.ref[KVCache] | None = None
+        self._row = 0
         self._turn = Lock()  # one step at a time: all are told by the same few numbers
 
     def __reduce__(self) -> NoReturn:
@@ -73,39 +74,48 @@ class Steps:
         assert model is not None, "the model is gone, and with it its steps"
         return model
 
-    def __call__(
-        self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, start_pos: Start | None = None, cache: KVCache | None = None) -> Tensor:
         """As `Transformer.hidden`."""
         B, T = tokens.shape
+        if start_pos is not None and cache is None:
+            cache = self.model.own_cache()
         # A cache of another kind keeps its numbers in another form.
         if start_pos is None or type(cache) is not KVCache or not 0 < B * T <= FEW or not tokens.is_cpu:
             return self.blocks(tokens, start_pos, cache)
-        given = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
+        if isinstance(start_pos, Span):
+            assert start_pos.T == T, f"a span of {start_pos.T} tokens a row for {T}"
+            shared = start_pos.start
+            row, given = start_pos.row, start_pos.starts if shared is None else shared
+        else:
+            row, given = 0, start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
         starts = [given] * B if isinstance(given, int) else list(given)
-        if len(starts) != B or cache.rows < B or min(starts) < 0 or max(starts) + T > cache.slots:
-            cache.span(start_pos, B, T)
+        if len(starts) != B or not 0 <= row <= cache.rows - B or min(starts) < 0 or max(starts) + T > cache.slots:
+            cache.span(starts, B, T, row)
             raise AssertionError("a span that is none was made")
+        if not isinstance(start_pos, Span):
+            cache.forget(row, starts)
         with self._turn:
-            self._tell(cache, starts, T)
+            self._tell(cache, row, starts, T)
             return self._whole(tokens) if self._ranks == 1 else self._by_halves(tokens)
 
-    def blocks(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor | None, cache: KVCache | None) -> Tensor:
+    def blocks(self, tokens: Tensor, start_pos: Start | None, cache: KVCache | None) -> Tensor:
         """Block by block."""
         return Transformer.hidden(self.model, tokens, start_pos, cache)
 
-    def _tell(self, cache: KVCache, starts: list[int], T: int) -> None:
+    def _tell(self, cache: KVCache, row: int, starts: list[int], T: int) -> None:
         """The kernels, what this step is over."""
         step = self._step
         step.rows, step.tokens, step.threads = len(starts), T, torch.get_num_threads()
-        for row, start in enumerate(starts):
-            self._starts[row] = start
-        if self._cache is None or self._cache() is not cache:
+        for i, start in enumerate(starts):
+            self._starts[i] = start
+        if self._cache is None or self._cache() is not cache or self._row != row:
+            # The kernels count rows from where these pointers begin.
             for block, keys, values in zip(self._blocks, cache.keys, cache.values, strict=True):
                 assert keys.is_cpu
-                block.keys, block.values = keys.data_ptr(), values.data_ptr()
+                ahead = row * keys.stride(0) * keys.itemsize
+                block.keys, block.values = keys.data_ptr() + ahead, values.data_ptr() + ahead
             step.slots, step.cache_kind = cache.slots, PLAIN[cache.keys[0].dtype]
-            self._cache = weakref.ref(cache)
+            self._cache, self._row = weakref.ref(cache), row
         self._tables = self.model.rotation(cache.slots)
         step.cos, step.sin = (table.data_ptr() for table in self._tables)
 

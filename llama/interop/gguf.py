@@ -11,6 +11,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint import recut
-from llama.config import ModelArgs, RopeScaling
+from llama.checkpoint import check_sizes, check_weight, recut
+from llama.config import RANGES, ModelArgs, RopeScaling, checked
 from llama.rope import spectrum
 
 _NAMES = {
@@ -111,13 +112,13 @@ class GGUF:
         """The architecture. Raises ValueError, naming the file, for what the core can't run: another kind of model,
         experts, heads of another size, a scaling of RoPE that it lacks."""
         try:
-            sizes = self._sizes()
-            args = ModelArgs(**sizes, **limits)
+            args = ModelArgs(**self._sizes())
+            check_sizes(args, self.names(), int(self._tensors["tok_embeddings.weight"].shape[0]))
             args.rope_scaling = self._scaling(args)
             spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        return args
+        return replace(args, **limits)
 
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
@@ -129,30 +130,37 @@ class GGUF:
             raise ValueError(f"it lacks {key}: it was not made whole; take another file")
         return value
 
+    def _size(self, key: str, ours: str) -> Any:
+        """What the file has under `llama.` and `key` for the number `ours` of ModelArgs."""
+        return checked(f"llama.{key}", self._need(f"llama.{key}"), RANGES[ours])
+
     def _sizes(self) -> dict[str, Any]:
         kind = self._value("general.architecture")
         if kind != "llama":
             raise ValueError(f"its architecture is {kind!r}; only 'llama' can be loaded: choose a file of that kind")
         if self._value("llama.expert_count", 0):
             raise ValueError("it is a mixture of experts, which can't be loaded: choose a plain Llama")
-        dim, n_heads = self._need("llama.embedding_length"), self._need("llama.attention.head_count")
+        dim, n_heads = self._size("embedding_length", "dim"), self._size("attention.head_count", "n_heads")
         for key in ("llama.attention.key_length", "llama.rope.dimension_count"):
             if self._value(key, dim // n_heads) != dim // n_heads:
                 raise ValueError(
                     f"{key} is {self._value(key)}; only {dim // n_heads}, {dim} / {n_heads}, can be loaded"
                 )
-        if "tok_embeddings.weight" not in self._tensors:
-            raise ValueError("it has no token_embd.weight: it holds no whole model, perhaps a vocabulary alone")
-        return {
+        embedding = self._tensors.get("tok_embeddings.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise ValueError("it has no matrix token_embd.weight: it holds no whole model, perhaps a vocabulary alone")
+        found = {
             "dim": dim,
-            "n_layers": self._need("llama.block_count"),
+            "n_layers": self._size("block_count", "n_layers"),
             "n_heads": n_heads,
-            "n_kv_heads": self._value("llama.attention.head_count_kv"),
-            "hidden_dim": self._need("llama.feed_forward_length"),
-            "norm_eps": self._need("llama.attention.layer_norm_rms_epsilon"),
-            "rope_theta": float(self._value("llama.rope.freq_base", 10000.0)),
+            "hidden_dim": self._size("feed_forward_length", "hidden_dim"),
+            "norm_eps": self._size("attention.layer_norm_rms_epsilon", "norm_eps"),
             "vocab_size": self._words,
         }
+        for key, ours in (("attention.head_count_kv", "n_kv_heads"), ("rope.freq_base", "rope_theta")):
+            if self._value(f"llama.{key}") is not None:
+                found[ours] = self._size(key, ours)
+        return found
 
     @property
     def _words(self) -> int:
@@ -165,14 +173,14 @@ class GGUF:
             return _llama3(args, torch.from_numpy(np.array(self._factors.data)).double())
         if kind == "none":
             return None
-        factor = float(self._value("llama.rope.scaling.factor", 1.0))
-        scaling: RopeScaling = {"rope_type": kind, "factor": factor}
+        scaling: RopeScaling = {"rope_type": kind, "factor": self._value("llama.rope.scaling.factor", 1.0)}
         return {**scaling, "original_max_position_embeddings": trained} if kind == "yarn" else scaling
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
         """Rank `rank`'s part, of `world_size`, of a parameter by Meta's name; float32 where the file has it quantised,
         else as stored, a view into the file. Raises ValueError for a type that can't be dequantised."""
-        return recut(name, [self._whole(name)], rank, world_size, args.n_kv_heads, args.head_dim)
+        whole = check_weight(self.path, name, self._whole(name), self._tensors[name].name)
+        return recut(name, [whole], rank, world_size, args.n_kv_heads, args.head_dim)
 
     def _whole(self, name: str) -> Tensor:
         stored, types = self._tensors[name], self._gguf.GGMLQuantizationType
@@ -206,11 +214,15 @@ class GGUF:
         path.write_bytes(self._tokenizer_model())
         return path
 
+    def _token_id(self, mark: str, default: int) -> int:
+        key = f"tokenizer.ggml.{mark}_token_id"
+        found: int = checked(f"{self.path}: {key}", self._value(key, default), (int, "at least", 0, self._words - 1))
+        return found
+
     def _tokenizer_model(self) -> bytes:
         kind = self._value("tokenizer.ggml.model", "missing")
-        bos = int(self._value("tokenizer.ggml.bos_token_id", 1))
-        eos = int(self._value("tokenizer.ggml.eos_token_id", 2))
-        unknown = int(self._value("tokenizer.ggml.unknown_token_id", next(i for i in range(3) if i not in (bos, eos))))
+        bos, eos = self._token_id("bos", 1), self._token_id("eos", 2)
+        unknown = self._token_id("unknown", next(i for i in range(3) if i not in (bos, eos)))
         if kind == "llama":
             pieces, scores, types = (self._need(f"tokenizer.ggml.{key}") for key in _TOKENIZER_KEYS)
         else:

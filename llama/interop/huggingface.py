@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint import CUT, open_shard, read_params, recut, some_of
-from llama.config import ModelArgs, RopeScaling
+from llama.checkpoint import check_sizes, check_weight, open_shard, read_params, read_plain, recut, some_of
+from llama.config import RANGES, ModelArgs, RopeScaling, checked
 from llama.interop.names import ROTATED, to_huggingface, to_meta, to_pairs
-from llama.rope import spectrum
 
 Read = Callable[[], Tensor]
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files; what it held follows from config.json
@@ -72,30 +72,31 @@ class HuggingFace:
         Raises ValueError for what the core can't run: another kind of model, biases, quantised weights, heads of
         another size, an unknown scaling of RoPE.
         """
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        if embedding is None:
+        embedding = "model.embed_tokens.weight"
+        if embedding not in self._tensors:
             raise ValueError(
-                f"{self.path} has no model.embed_tokens.weight but {some_of(list(self._tensors))}: it does not hold a "
+                f"{self.path} has no {embedding} but {some_of(list(self._tensors))}: it does not hold a "
                 "Llama with its language-model head; use the folder of a LlamaForCausalLM"
             )
+        vocab_size, dim = check_weight(self.path, "tok_embeddings.weight", self._tensors[embedding](), embedding).shape
         try:
-            args = ModelArgs(**sizes(self.config), vocab_size=embedding().shape[0], **limits)
-            spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
-        except (TypeError, ValueError) as error:
+            args = ModelArgs(**sizes(self.config), vocab_size=vocab_size)
+            check_sizes(args, self.names(), dim)
+        except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
-        return args
+        return replace(args, **limits)
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
         """Rank `rank`'s part, of `world_size`, of a parameter by Meta's name; a view into the file, but for wq and wk.
 
         Raises ValueError where the tensor's shape has nothing to do with its name, or it can't be cut so.
         """
-        whole = self._tensors[self._key(name)]()
-        cut = CUT.get(name.split(".")[-2]) if name.count(".") else None
+        key = self._key(name)
+        whole = check_weight(self.path, name, self._tensors[key](), key)
         heads = args.head_dim if ROTATED.fullmatch(name) else 1
-        if (cut is not None and whole.dim() != 2) or whole.shape[:1].numel() % heads:
+        if len(whole) % heads:
             raise ValueError(
-                f"{self._key(name)} in {self.path} has the shape {tuple(whole.shape)}, which fits neither its name nor "
+                f"{key} in {self.path} has the shape {tuple(whole.shape)}, which fits neither its name nor "
                 "config.json: take both from the same checkpoint"
             )
         part = recut(name, [whole], rank, world_size, args.n_kv_heads, args.head_dim)
@@ -162,9 +163,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _check_parts(folder: Path, files: list[Path]) -> None:
     """model-00002-of-00003: says which of the parts are missing."""
     present = {int(m[1]): int(m[2]) for file in files if (m := re.search(r"-(\d+)-of-(\d+)\.", file.name))}
-    missing = sorted(set(range(1, max(present.values(), default=0) + 1)) - set(present))
+    parts = max(present.values(), default=0)
+    # A stray file may tell of any number of parts: so many are looked for as can be named.
+    missing = sorted(set(range(1, min(parts, len(present) + 99) + 1)) - set(present))
     if missing:
-        raise ValueError(f"{folder} lacks parts {missing} of {max(present.values())}: download what is missing")
+        raise ValueError(f"{folder} lacks parts [{some_of(map(str, missing))}] of {parts}: download what is missing")
 
 
 def _map_safetensors(path: Path) -> dict[str, Read]:
@@ -173,6 +176,7 @@ def _map_safetensors(path: Path) -> dict[str, Read]:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ValueError("reading *.safetensors needs a package: pip install 'codellama[hf]'") from None
+    read_plain(path, 1)
     try:
         # On a CPU, tensors and slices of them are views of the mapped file; nothing is read here but the header.
         file: Any = safe_open(path, framework="pt")
@@ -204,19 +208,29 @@ def _map_pickle(path: Path) -> dict[str, Read]:
 
 # config.json ---------------------------------------------------------------------------------------------------------
 
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_REQUIRED = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+}
 
 
 def sizes(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json's contents as arguments of ModelArgs; ValueError for what the core can't run."""
-    found = config.get("model_type")
-    if found != "llama":
+    model_type = config.get("model_type")
+    if model_type != "llama":
         raise ValueError(
-            f"model_type is {found!r}; only 'llama' can be loaded: choose a checkpoint of that architecture"
+            f"model_type is {model_type!r}; only 'llama' can be loaded: choose a checkpoint of that architecture"
         )
-    missing = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
+    missing = [key for key in _REQUIRED.values() if config.get(key) is None]
     if missing:
-        raise ValueError(f"it lacks whole numbers for {', '.join(missing)}: download it again")
+        raise ValueError(f"it lacks {', '.join(missing)}: download it again")
+    found = {ours: checked(theirs, config[theirs], RANGES[ours]) for ours, theirs in _REQUIRED.items()}
+    if config.get("num_key_value_heads") is not None:
+        found["n_kv_heads"] = checked("num_key_value_heads", config["num_key_value_heads"], RANGES["n_kv_heads"])
+    # Without it, transformers' own default, unlike Llama's 1e-5.
+    found["norm_eps"] = checked("rms_norm_eps", config.get("rms_norm_eps", 1e-6), RANGES["norm_eps"])
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise ValueError(f"{key} is {config[key]!r}; Code Llama's layers have no biases, so it must be false")
@@ -224,48 +238,46 @@ def sizes(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' can be loaded")
     if config.get("quantization_config"):
         raise ValueError("it has a quantization_config; take the weights in bfloat16, float16 or float32 instead")
-    n_heads = config["num_attention_heads"]
+    dim, n_heads = found["dim"], found["n_heads"]
     head_dim = config.get("head_dim")
-    if head_dim is not None and head_dim * n_heads != config["hidden_size"]:
+    if head_dim is not None and checked("head_dim", head_dim, RANGES["dim"]) * n_heads != dim:
         raise ValueError(
-            f"head_dim is {head_dim}, but hidden_size {config['hidden_size']} for num_attention_heads {n_heads} gives "
-            f"{config['hidden_size'] / n_heads:g}; only heads of that size can be loaded"
+            f"head_dim is {head_dim}, but hidden_size {dim} for num_attention_heads {n_heads} gives "
+            f"{dim / n_heads:g}; only heads of that size can be loaded"
         )
     theta, scaling = _rope(config)
-    return {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": n_heads,
-        "n_kv_heads": config.get("num_key_value_heads"),
-        "hidden_dim": config["intermediate_size"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),  # transformers' own default, unlike Llama's 1e-5
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-    }
+    return {**found, "rope_theta": theta, "rope_scaling": scaling}
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from either spelling: rope_theta and rope_scaling (transformers 4), rope_parameters (5)."""
-    both = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-    if not all(isinstance(part, dict) for part in both):
+    both = [config.get(key) for key in ("rope_parameters", "rope_scaling")]
+    if not all(part is None or isinstance(part, dict) for part in both):
         raise ValueError(f"rope_parameters or rope_scaling is no object: {both}")
-    merged = {key: value for part in both for key, value in part.items() if value is not None}
-    theta = merged.pop("rope_theta", config.get("rope_theta") or 10000.0)
+    merged = {key: value for part in both for key, value in (part or {}).items() if value is not None}
+    theta = merged.pop("rope_theta", config.get("rope_theta"))
+    theta = checked("rope_theta", 10000.0 if theta is None else theta, RANGES["rope_theta"])
     old_name = merged.pop("type", "default")
     name = merged.pop("rope_type", old_name)
     partial = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
         merged["partial_rotary_factor"] = partial  # which the core refuses by name
-    trained = config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
+    stretched = config.get("max_position_embeddings", 2048)
+    trained = config.get("original_max_position_embeddings")
+    trained = stretched if trained is None else trained
     if name in ("yarn", "llama3", "longrope"):
         merged.setdefault("original_max_position_embeddings", trained)
     if name == "longrope":
-        stretched = config.get("max_position_embeddings", trained)
-        merged.setdefault("factor", stretched / merged["original_max_position_embeddings"])
+        lengths = {
+            "max_position_embeddings": config.get("max_position_embeddings", trained),
+            "original_max_position_embeddings": merged["original_max_position_embeddings"],
+        }
+        longest, original = (checked(name, length, RANGES["max_seq_len"]) for name, length in lengths.items())
+        merged.setdefault("factor", longest / original)
     if name == "dynamic":
         # There, transformers takes the trained context from max_position_embeddings alone.
-        merged["original_max_position_embeddings"] = config.get("max_position_embeddings", 2048)
-    return float(theta), None if name == "default" and not merged else {"rope_type": name, **merged}
+        merged["original_max_position_embeddings"] = stretched
+    return theta, None if name == "default" and not merged else {"rope_type": name, **merged}
 
 
 def trained_context(args: ModelArgs) -> int:

@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a file holds. ValueError, without the path, where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"JSON, but {type(found).__name__} instead of an object")
@@ -63,12 +63,9 @@ def args_of(description: Path, **limits: Any) -> ModelArgs:
     """The architecture in a params.json or config.json; its vocab_size is -1 where the file has none. ValueError,
     without the path, for what the file can't mean."""
     found = read_json(description)
-    try:
-        if description.name == "config.json":
-            return ModelArgs(**sizes(found), vocab_size=found.get("vocab_size", -1), **limits)
-        return ModelArgs.from_params(found, **limits)[0]
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    if description.name == "config.json":
+        return ModelArgs(**sizes(found), vocab_size=found.get("vocab_size", -1), **limits)
+    return ModelArgs.from_params(found, **limits)[0]
 
 
 def read_args(folder: Path, **limits: Any) -> ModelArgs:

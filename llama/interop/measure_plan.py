@@ -75,7 +75,7 @@ def grow(folder: str, *, slots: int, rows: int, chunk: int, device: str, dtype: 
     gc.collect()
     before = 0 if device == "cuda" else _status("VmRSS")
     llama = Llama.build(folder, max_seq_len=slots, max_batch_size=rows, device=device, dtype=DTYPES[dtype])
-    llama.prefill_chunk = chunk
+    llama.loop.chunk = chunk
     for weight in llama.model.parameters():
         weight.flatten()[::512].sum()  # a number of each page
     gc.collect()
@@ -120,7 +120,7 @@ def compare(
         shapes: some of embedded, 110M, 400M, with commas between.
         slots: max_seq_len.
         rows: max_batch_size.
-        chunk: tokens of each row read at once.
+        chunk: prompt tokens read at once.
         device: cpu or cuda.
         dtype: in which to run.
         stored: in which the random weights lie on disk; as `dtype`, they stay mapped on a CPU.

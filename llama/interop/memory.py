@@ -24,7 +24,8 @@ mask once more for each kv head.
 The kernel is PyTorch's scaled_dot_product_attention, which keeps no (T, S) scores; only the mask is that large, and
 only where something stands before the chunk. Prefill is all this with T = the chunk, and the scores of the last
 positions; decode with T = 1, and the sampling of B·V float32 scores, which at its worst (a nucleus) has ten such arrays
-at once, 40 bytes a score. The largest of these moments, not their sum, is added to what stays. `Llama.score`
+at once, 40 bytes a score. A step reads a chunk of one row, or of several that are no more tokens together, and never
+while it decodes. The largest of these moments, not their sum, is added to what stays. `Llama.score`
 (log-probabilities of a prompt) is not planned: it takes about 16 bytes x chunk x V more.
 """
 
@@ -118,15 +119,16 @@ def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
     kv_heads = max(1, args.n_kv_heads // ranks)
     chunk = min(settings.prefill_chunk, slots)
     rest = slots % chunk
-    whole = activation_bytes(args, settings, rows, chunk, slots - rest)  # the last whole chunk, and what follows it
-    reading = max(whole, activation_bytes(args, settings, rows, rest, slots) if rest else 0)
+    # The last whole chunk, of one row, and what follows it. Short prompts side by side are no more tokens.
+    whole = activation_bytes(args, settings, 1, chunk, slots - rest)
+    reading = max(whole, activation_bytes(args, settings, 1, rest, slots) if rest else 0)
     workspace = WORKSPACE if settings.device == "cuda" else 0
     # A prompt's ids as a tensor, and where the memory is the same, as a list of Python's integers and its padded copy.
     ids = rows * slots * (8 if settings.device == "cuda" else 8 + 32 + 2 * 8)
     vocabulary = args.vocab_size * (width + (width + width // ranks) * (ranks > 1) + 4 * (width < 4))
     stream = args.dim * width
     # The last chunk's hidden states, of each row its last one, twice, and the scores.
-    last = rows * (chunk * stream + 2 * stream + vocabulary)
+    last = chunk * stream + rows * (2 * stream + vocabulary)
     return Plan(
         args=args,
         settings=settings,

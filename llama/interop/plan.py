@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from fire.decorators import SetParseFns
 
-from llama.checkpoint import Weights
+from llama.checkpoint import Weights, free_memory
 from llama.config import PRESETS, ModelArgs
 from llama.interop.layout import read_args
 from llama.interop.memory import Device, Plan, Settings, plan
@@ -163,18 +163,6 @@ def require(
             f"{spelled(planned.kv_cache)} of KV cache), but {ranks.device} has {spelled(free)} free. What would fit: "
             f"{others}. `codellama plan` shows more; set {IGNORE}=1 to try all the same"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this rank may still take; None where that can't be told."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to use again
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    available = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    return int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if available else None
 
 
 def parse_size(text: str) -> int:

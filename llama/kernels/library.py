@@ -2,10 +2,14 @@
 
 The compiler is asked for whatever the processor has (-march=native), so what it makes is kept by the processor's
 features, in the user's cache folder: the next start finds it there. It is checked by a few products before it is used.
+
+A library that is loaded runs as the user, so the folder and the file must be the user's alone. The last 32 bytes of a
+file are the SHA-256 of those before them, which a loader doesn't read: a damaged file is compiled again, not loaded.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -13,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -121,7 +126,7 @@ def load() -> ctypes.CDLL:
     """The compiled kernels, made now if they haven't been. ValueError, in a sentence, where that can't be done."""
     try:
         path = _place()
-        if not path.exists():
+        if not _is_whole(path):
             build(path)
         library = opened(path)
         try:
@@ -145,7 +150,7 @@ def opened(path: Path) -> ctypes.CDLL:
 
 
 def build(path: Path, more_flags: tuple[str, ...] = ()) -> None:
-    """Compiles kernels.cpp into `path`, which is whole or not there."""
+    """Compiles kernels.cpp into `path`, which is whole, with its digest, or not there. Only the user may write it."""
     compiler = _compiler()
     if not compiler:
         raise ValueError(
@@ -154,7 +159,7 @@ def build(path: Path, more_flags: tuple[str, ...] = ()) -> None:
         )
     if os.environ.get("RANK", "0") == "0":
         print("compiling llama/kernels for this processor: once, ten to fifty seconds", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch, path.name)
         command = [*compiler, *FLAGS, *more_flags, str(SOURCE), "-o", str(made), *_openmp(compiler)]
@@ -165,6 +170,9 @@ def build(path: Path, more_flags: tuple[str, ...] = ()) -> None:
                 f"{' '.join(compiler)} could not compile {SOURCE} ({reason.strip()}): update it (GCC 9 or Clang 12, "
                 "with OpenMP, will do), or name another in the environment variable CXX"
             )
+        with made.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+        made.chmod(0o700)  # a lenient umask would let the group write it
         made.replace(path)
 
 
@@ -184,14 +192,37 @@ def _openmp(compiler: Sequence[str]) -> list[str]:
 
 def _place() -> Path:
     """Where what was compiled is, or is to be: in the user's cache folder, or in a new scratch folder where that
-    can't be written to."""
+    can't be written to, or others can write to it."""
     name = f"kernels-{_key()}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codellama"
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if (folder / name).exists() or os.access(folder, os.W_OK):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    foreign = next((path for path in (folder, folder / name) if path.exists() and not _is_private(path)), None)
+    if foreign:
+        warnings.warn(
+            f"{foreign} belongs to another user, or others can write to it, so kernels are not kept there: remove "
+            "it, or make it yours alone (chown, chmod go-w)",
+            stacklevel=2,
+        )
+    elif _is_whole(folder / name) or (folder.is_dir() and os.access(folder, os.W_OK)):
         return folder / name
-    return Path(tempfile.mkdtemp(prefix="codellama-"), name)  # nobody else can have put anything there
+    scratch = tempfile.mkdtemp(prefix="codellama-")  # nobody else can have put anything there
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return Path(scratch, name)
+
+
+def _is_private(path: Path) -> bool:
+    """Whether it is this user's, and nobody else can write to it."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there, and ends in the digest of what stands before it."""
+    if not path.is_file():
+        return False
+    contents = path.read_bytes()
+    return hashlib.sha256(contents[:-32]).digest() == contents[-32:]
 
 
 def _key() -> str:

@@ -27,12 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.cache import Span
-from llama.cli import PATHS, build
+from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.positions import long_documents
 from llama.evals.record import Record, save_record
 from llama.evals.sources import Source
 from llama.evals.table import render
+from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import checked_lengths, read_texts, rope_of
 from llama.model import Attend, Transformer

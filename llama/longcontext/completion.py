@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fire.decorators import SetParseFns
 
-from llama.cli import PATHS, build
+from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.batches import batches
 from llama.evals.intervals import Estimate, Share, ratio, share
@@ -34,6 +34,7 @@ from llama.evals.lines import LONGEST, candidates
 from llama.evals.record import Record
 from llama.evals.sources import Source, choose, with_text
 from llama.evals.table import number, percent
+from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import (
     error_bars,

@@ -66,14 +66,19 @@ class Int8Cache(KVCache):
         super().__init__(n_layers, n_kv_heads, width, rows, slots, dtype=torch.int8, device=device, bucket=bucket)
         self.dtype = dtype
 
-    def span(self, start_pos: int | Sequence[int] | Tensor, B: int, T: int) -> Span:
-        return dataclasses.replace(super().span(start_pos, B, T), dtype=self.dtype)
+    def span(
+        self, start_pos: int | Sequence[int] | Tensor, B: int, T: int, row: int = 0, first: Tensor | None = None
+    ) -> Span:
+        return dataclasses.replace(super().span(start_pos, B, T, row, first), dtype=self.dtype)
 
-    def extend(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As KVCache's, but what it returns are copies. The new tokens see each other as later ones will see them:
-        quantised. So it makes no difference in which chunks a text is read."""
-        seen = super().extend(layer, span, quantize(keys), quantize(values))
-        return dequantize(seen[0], self.dtype), dequantize(seen[1], self.dtype)
+    def pack(self, x: Tensor) -> Tensor:
+        """The new tokens see each other as later ones will see them: quantised. So it makes no difference in which
+        chunks a text is read."""
+        return quantize(x)
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """A copy."""
+        return dequantize(stored, self.dtype)
 
 
 def int8_cache(model: Transformer, rows: int | None = None, slots: int | None = None, bucket: int = 128) -> Int8Cache:

@@ -26,7 +26,7 @@ import numpy as np
 from fire.decorators import SetParseFns
 from numpy.typing import NDArray
 
-from llama.cli import PATHS, build
+from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.cli import read_sources
 from llama.evals.compression import Losses, default_stride, losses_of
@@ -35,6 +35,7 @@ from llama.evals.positions import Positions, long_documents, loss_by_position
 from llama.evals.record import Record, save_record
 from llama.evals.sources import File, Source
 from llama.evals.table import number, render
+from llama.front import load as build
 from llama.generation import Llama
 
 if TYPE_CHECKING:

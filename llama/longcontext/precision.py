@@ -25,12 +25,13 @@ from fire.decorators import SetParseFns
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.cli import PATHS, build
+from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.intervals import Estimate, ratio
 from llama.evals.positions import long_documents
 from llama.evals.record import Record
 from llama.evals.sources import Source
+from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import checked_lengths, listed, metric, read_texts, report, rope_of
 from llama.model import Transformer

@@ -38,12 +38,12 @@ import torch
 from fire.decorators import SetParseFns
 
 from llama.checkpoint import open_checkpoint
-from llama.cli import PATHS, build, run
+from llama.cli import PATHS, run
 from llama.config import ModelArgs
-from llama.decoding import prefill
 from llama.evals.record import Record, save_record
 from llama.evals.sources import Source
 from llama.evals.table import render
+from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.longcontext.perplexity import listed, read_texts
 from llama.parallel import DTYPES
@@ -130,14 +130,16 @@ def read(llama: Llama, tokens: list[int], n: int) -> tuple[list[Chunk], list[int
     """Reads a prompt chunk by chunk and writes the n likeliest tokens after it, whatever they are."""
     chunks: list[Chunk] = []
     began = time.perf_counter()
-    for at, hidden in prefill(llama.model, [tokens], llama.prefill_chunk):
+    cache = llama.model.own_cache()
+    for at in range(0, len(tokens), llama.prefill_chunk):
+        piece = tokens[at : at + llama.prefill_chunk]
+        llama.model.hidden(torch.tensor([piece]), at, cache)
         now = time.perf_counter()
-        chunks.append(Chunk(at, hidden.shape[1], now - began))
+        chunks.append(Chunk(at, len(piece), now - began))
         began = now
-    del hidden
-    llama.model.own_cache().tokens = [*tokens, llama.tokenizer.eos_id]  # as if that had been sampled
+    cache.tokens[0] = list(tokens)
     began = time.perf_counter()
-    answer = llama.stream([Prompt(tokens, frozenset())], n, temperature=0, reuse=True)
+    answer = llama.stream([Prompt(tokens, frozenset())], n, temperature=0)
     written = [token for event in answer for token in event.tokens]
     return chunks, written, time.perf_counter() - began
 

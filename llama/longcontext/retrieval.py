@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from llama.cli import PATHS, build
+from llama.cli import PATHS
 from llama.evals.record import Record, save_record
 from llama.evals.retrieval import DEPTHS, DIGITS, Complete, Retrieval, retrieval_by
 from llama.evals.retrieval import retrieval as side_by_side
 from llama.evals.sources import Source
 from llama.evals.table import percent, render
+from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import listed, read_texts, rope_of, trained_length, warn_beyond
 from llama.prompts import completion
@@ -126,16 +127,14 @@ def ask_one_by_one(
     """The two tokens that follow each prompt, as text; of each prompt only what its predecessor has not left in the
     cache is read. `spent` gets its tokens, and how many of them were read."""
     answers: list[str] = []
-    standing: list[int] = []  # tokens whose keys and values are in the cache
+    cache = llama.model.own_cache()
     asked = [completion(llama.tokenizer, prompt) for prompt in prompts]
     total = sum(len(prompt.tokens) for prompt in asked)
     hide = not (progress and llama.ranks.leads)
     with tqdm(total=total, desc="keys", unit="token", unit_scale=True, leave=False, disable=hide) as bar:
         for prompt in asked:
-            known = common_prefix(standing, prompt.tokens[:-1])
-            events = list(llama.stream([prompt], DIGITS, temperature=0.0, seed=0, reuse=True))
-            written = [token for event in events for token in event.tokens]
-            standing = [*prompt.tokens, *written][:-1]  # the last was written and not read
+            known = max(common_prefix(row, prompt.tokens[:-1]) for row in cache.tokens)
+            events = list(llama.stream([prompt], DIGITS, temperature=0.0, seed=0))
             answers.append("".join(event.text for event in events))
             spent.append((len(prompt.tokens), len(prompt.tokens) - known))
             bar.update(len(prompt.tokens))

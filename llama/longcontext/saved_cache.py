@@ -2,14 +2,14 @@
 
 Reading 100,000 tokens takes minutes, and copying what was remembered of them takes seconds. So the keys and values of
 row 0 can be written to a file, with the tokens they belong to, and restored into another process, where
-`Llama.stream(…, reuse=True)` then goes on as if it had read the tokens itself:
+`Llama.stream` then goes on as if it had read the tokens itself:
 
     for _ in llama.stream([repository], 1):           # reads it, and writes one token
         pass
     save_cache(llama, "repository.cache")
     …
     load_cache(llama, "repository.cache")             # another day
-    llama.stream([repository + question], reuse=True)     # reads the question alone
+    llama.stream([repository + question])                 # reads the question alone
 
 Keys and values mean something to the very model that made them, and to another they are noise that looks like text. So
 the file names what made it: the architecture, the frequencies of the rotation, the dtypes, the ranks, and a digest of
@@ -59,9 +59,9 @@ def save_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
     The file appears whole or not at all. Raises ValueError where it is not known what row 0 holds: nothing was read
     yet, or several prompts at once, or texts were scored.
     """
-    with llama.ranks.together():
+    with llama.ranks.all_ranks():
         cache = llama.model.own_cache()
-        tokens = cache.tokens[:-1]  # the last was sampled, and perhaps not read
+        tokens = list(cache.tokens[0])
         if not tokens:
             raise ValueError(
                 "the cache holds nothing that could be saved: stream one prompt, by itself, before it is saved"
@@ -78,16 +78,16 @@ def save_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
 
 
 def load_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
-    """Restores a saved cache into row 0; returns the tokens it holds. `Llama.stream(…, reuse=True)` goes on from as
-    many of them as its prompt begins with.
+    """Restores a saved cache into row 0; returns the tokens it holds. `Llama.stream` goes on from as many of them as
+    its prompt begins with.
 
     Raises ValueError, on every rank, where the file is missing or damaged, was made by something else than this
     model, or holds more tokens than the cache has slots. What the cache held before is then forgotten all the same.
     """
     own = _own_path(path, llama.ranks)
     cache = llama.model.own_cache()
-    cache.owner, cache.tokens = None, []  # before anything can fail, so that all ranks know the same
-    with llama.ranks.together():
+    cache.forget(0, [0])  # before anything can fail, so that all ranks know the same
+    with llama.ranks.all_ranks():
         if not own.is_file():
             raise ValueError(
                 f"there is no saved cache {own}. One that was saved by N ranks is N files, NAME.00 and so on, and is "
@@ -96,10 +96,10 @@ def load_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
         with open(own, "rb") as file:
             tokens = _restore(llama, file, own)
     of_rank_0 = llama.ranks.broadcast_object(tokens)
-    with llama.ranks.together():
+    with llama.ranks.all_ranks():
         if tokens != of_rank_0:
             raise ValueError(f"{own} holds other tokens than rank 0's file: they were not saved together")
-    cache.tokens = [*tokens, llama.tokenizer.eos_id]  # as if that had been sampled
+    cache.tokens[0] = list(tokens)
     return tokens
 
 

@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama.checkpoint import open_checkpoint
-from llama.cli import PATHS, register_scheme
+from llama.cli import PATHS
 from llama.config import RopeScaling
 from llama.evals.record import Record, save_record
 from llama.evals.table import render
+from llama.front import register_scheme
 from llama.longcontext.perplexity import listed
 from llama.parallel import start
 from llama.rope import SPECTRA, default, ntk, spectrum

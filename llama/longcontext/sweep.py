@@ -29,7 +29,7 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from llama.checkpoint import replacing
-from llama.cli import PATHS, build, register_scheme
+from llama.cli import PATHS
 from llama.config import RopeScaling
 from llama.evals.batches import batches
 from llama.evals.intervals import Estimate, ratio
@@ -37,6 +37,8 @@ from llama.evals.positions import long_documents
 from llama.evals.record import Record
 from llama.evals.sources import Source
 from llama.evals.table import number
+from llama.front import load as build
+from llama.front import register_scheme
 from llama.generation import Llama
 from llama.longcontext.perplexity import (
     checked_lengths,
@@ -100,8 +102,8 @@ class Sweep:
 def with_rope(model: Transformer, theta: float, scaling: RopeScaling | None) -> Iterator[None]:
     """Within the block, `model` rotates by another theta and scheme; after it, by its own again, whatever happened.
 
-    No weight is touched. Keys that stand in the cache were turned by the spectrum before, so prompts must be read anew
-    on both sides of the border; a stream that runs across it raises ValueError. Raises ValueError, and changes
+    No weight is touched. Keys that stand in the cache were rotated by the spectrum before, so the cache forgets them on
+    both sides of the border; a stream that runs across it reads its tokens again. Raises ValueError, and changes
     nothing, for a scheme that can't be.
     """
     args = model.args
@@ -117,7 +119,7 @@ def with_rope(model: Transformer, theta: float, scaling: RopeScaling | None) -> 
 def _set_rope(model: Transformer, theta: float, scaling: RopeScaling | None) -> None:
     model.args.rope_theta, model.args.rope_scaling, model._tables = theta, scaling, None
     if model.cache is not None:
-        model.cache.owner = None  # whoever was writing finds out
+        model.cache.forget()
 
 
 @contextmanager
@@ -266,7 +268,7 @@ class _Kept:
         request = {**request, "dtype": str(llama.model.norm.weight.dtype), "weights": _fingerprint(llama.model)}
         self.path = path if llama.ranks.leads else None
         self.cells: dict[str, Estimate] = {}
-        with llama.ranks.together():
+        with llama.ranks.all_ranks():
             if self.path is not None:
                 lines = _read_lines(self.path, request)
                 self.cells = {line["cell"]: Estimate(**line["nats_per_token"]) for line in lines}

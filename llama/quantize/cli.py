@@ -16,11 +16,11 @@ from typing import Any
 from fire.decorators import SetParseFns
 
 from llama.checkpoint import open_checkpoint
-from llama.cli import build
 from llama.evals.cli import read_sources
 from llama.evals.record import Record, save_record
 from llama.evals.sources import choose_files
 from llama.evals.table import render
+from llama.front import load as build
 from llama.generation import EMBEDDED
 from llama.quantize.report import Loss, draw, losses, possible, read_texts
 from llama.quantize.saved import quantize_checkpoint

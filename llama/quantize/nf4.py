@@ -60,9 +60,10 @@ def _state(stored: Stored, dtype: torch.dtype) -> Any:
 
 
 def _takes_cpu(stored: Stored) -> bool:
+    if stored["codes"].device.type != "cpu" or len(stored["codes"]) % 32:
+        return False
     functional = bitsandbytes().functional
-    there = hasattr(functional, "_convert_weight_packed_for_cpu") and functional.has_avx512bf16()
-    return stored["codes"].device.type == "cpu" and there and len(stored["codes"]) % 32 == 0
+    return hasattr(functional, "_convert_weight_packed_for_cpu") and bool(functional.has_avx512bf16())
 
 
 def _pack_cpu(stored: Stored) -> Packed:

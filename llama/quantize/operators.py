@@ -211,7 +211,7 @@ def _columns_of_int4_cpu(packed: Tensor, dtype: torch.dtype) -> Tensor:
     N, K = packed.shape[0], 2 * packed.shape[1]
     block = _block_of_int4_cpu()
     whole = N - N % block
-    out = torch.empty(K, N, dtype=dtype)
+    out = torch.empty(K, N, dtype=dtype, device=packed.device)
     for first, end, size in ((0, whole, block), (whole, N, N % block)):
         if first < end:
             pairs = packed[first:end].reshape(-1, K, size // 2).transpose(0, 1)  # (K, blocks, size / 2)
@@ -226,7 +226,7 @@ def _columns_of_int4_cpu(packed: Tensor, dtype: torch.dtype) -> Tensor:
 def _block_of_int4_cpu() -> int:
     """How many rows a block has: 64 with AVX-512, fewer elsewhere. Of columns 0 0 0 … and 15 15 15 …, the first half
     of the first block's bytes are 0."""
-    columns = torch.tensor([0, 15], dtype=torch.int32).expand(256, 2).contiguous()
+    columns = torch.tensor([0, 15], dtype=torch.int32, device="cpu").expand(256, 2).contiguous()
     flat = torch.ops.aten._convert_weight_to_int4pack_for_cpu(columns, 1).flatten()
     return 2 * int(flat.tolist().index(255))
 
@@ -235,7 +235,7 @@ def _block_of_int4_cpu() -> int:
 def _order_of_int4_cpu(size: int) -> tuple[slice | Tensor, slice | Tensor]:
     """Which rows of a block of `size` the lower halves of a column's bytes are, and which the upper: found by packing
     the rows' numbers, since it depends on the processor."""
-    numbers = torch.arange(size, dtype=torch.int32).unsqueeze(1).expand(size, 2)
+    numbers = torch.arange(size, dtype=torch.int32, device="cpu").unsqueeze(1).expand(size, 2)
     digits = []
     for digit in (numbers % 16, numbers // 16):
         flat = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digit.contiguous(), 1).flatten()
@@ -247,7 +247,7 @@ def _order_of_int4_cpu(size: int) -> tuple[slice | Tensor, slice | Tensor]:
 def _as_slice(places: Tensor) -> slice | Tensor:
     """The same places as a slice, which is faster, if they are evenly spaced."""
     first, step = int(places[0]), int(places[1] - places[0])
-    even = torch.arange(first, first + step * len(places), step) if step > 0 else places[:0]
+    even = torch.arange(first, first + step * len(places), step, device="cpu") if step > 0 else places[:0]
     return slice(first, first + step * len(places), step) if torch.equal(even, places) else places
 
 

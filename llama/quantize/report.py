@@ -120,7 +120,7 @@ def possible(scheme: Scheme, model: Transformer) -> bool:
     """Whether every linear layer of a plain model has a shape that the scheme can keep, and its library is there."""
     try:
         for name, columns in {(name, layer.weight.shape[1]) for name, layer in linears(model).items()}:
-            for_weight(scheme, name).quantize(torch.zeros(1, columns))
+            for_weight(scheme, name).quantize(torch.zeros(1, columns, device="cpu"))
     except ValueError:
         return False
     return True

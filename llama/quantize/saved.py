@@ -28,6 +28,7 @@ from tqdm import tqdm
 from llama.checkpoint import CUT, Checkpoint, Weights, open_checkpoint, recut, some_of
 from llama.config import ModelArgs
 from llama.model import Transformer
+from llama.parallel import Ranks
 from llama.quantize.operators import Stored
 from llama.quantize.schemes import Scheme, for_weight, scheme_of
 
@@ -50,7 +51,7 @@ def cut(scheme: Scheme, stored: Stored, name: str, args: ModelArgs, rank: int, w
     sizes = rank, world_size, args.n_kv_heads, args.head_dim
     if CUT[name.split(".")[-2]] == 0:
         return {key: recut(name, [tensor], *sizes) for key, tensor in stored.items()}
-    numbers = torch.arange(scheme.shape(stored)[1]).unsqueeze(0)
+    numbers = torch.arange(scheme.shape(stored)[1], device="cpu").unsqueeze(0)
     mine = recut(name, [numbers], *sizes)  # the columns' own numbers, so it says which they are
     return scheme.columns(stored, int(mine[0, 0]), mine.shape[1], name)
 
@@ -127,6 +128,12 @@ class Saved:
         if name not in self._keys:
             return self._file.tensor(name, args, rank, world_size)
         return for_weight(self.scheme, name).dequantize(self.stored(name, args, rank, world_size)).bfloat16()
+
+    def fill(self, model: Transformer, ranks: Ranks, dtype: torch.dtype) -> None:
+        """`checkpoint.load`, of codes that stay codes."""
+        from llama.quantize.layers import quantize_load  # which needs this file
+
+        quantize_load(model, self, ranks, dtype)
 
     def stored(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Stored:
         """Rank `rank`'s part of what is stored of a linear layer's weight: views into the file where they can be."""
@@ -208,7 +215,7 @@ def _checked_shapes(weights: Weights, args: ModelArgs) -> dict[str, tuple[int, .
 def _check_room(
     folder: Path, weights: Weights, args: ModelArgs, shapes: dict[str, tuple[int, ...]], scheme: Scheme
 ) -> None:
-    bits = scheme.bits(scheme.quantize(torch.zeros(1, 1024)))  # of rows as long as this, which says it nearly
+    bits = scheme.bits(scheme.quantize(torch.zeros(1, 1024, device="cpu")))  # of rows as long as this, which says it nearly
     width = weights.tensor("norm.weight", args).dtype.itemsize
     bytes_ = sum(prod(shape) * (bits / 8 if is_linear(name) else width) for name, shape in shapes.items())
     needed, free = int(2 * bytes_), shutil.disk_usage(folder).free

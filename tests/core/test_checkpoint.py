@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
+import math
 import os
 import re
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from torch import Tensor
 import reference
 from llama import checkpoint as module
 from llama import parallel
-from llama.checkpoint import CUT, Checkpoint, load, merge, save, split
+from llama.checkpoint import CUT, Checkpoint, load, merge, open_checkpoint, save, split
 from llama.config import ModelArgs
 from llama.model import Transformer
 from parallel.ranks import on_ranks
@@ -342,6 +345,217 @@ def test_a_missing_or_broken_params_json_is_named(folder: Path, text: str | None
     assert str(path) in refusal(folder)
 
 
+def with_params(folder: Path, **changes: Any) -> Path:
+    """Changes params.json; ... removes a key."""
+    path = folder / "params.json"
+    params = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in params.items() if value is not ...}))
+    return path
+
+
+@pytest.mark.parametrize("value", ["64", True, None, 0, -1.5, 64.5, math.nan, math.inf, [64], {}], ids=str)
+@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta"])
+def test_a_number_in_params_json_that_cannot_be_is_named(folder: Path, key: str, value: Any) -> None:
+    if key in ("norm_eps", "rope_theta") and isinstance(value, float) and math.isfinite(value):
+        value = -value * (1 if value > 0 else -1)  # 64.5 may be a theta
+    path = with_params(folder, **{key: value})
+    said = refusal(folder)
+    assert said.startswith(f"{path}: {key} is {value!r}; give a ")
+    assert "at most" in said
+
+
+def test_a_whole_float_in_params_json_is_a_whole_number(folder: Path) -> None:
+    with_params(folder, dim=64.0, n_layers=2.0)
+    assert Checkpoint(folder).args(max_seq_len=64, max_batch_size=2) == ARGS
+
+
+@pytest.mark.parametrize("limit", ["max_seq_len", "max_batch_size"])
+@pytest.mark.parametrize("value", ["8", 0, 2.5, None])
+def test_a_limit_that_cannot_be_is_not_blamed_on_the_file(folder: Path, limit: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{limit} is {value!r}"):
+        Checkpoint(folder).args(**{limit: value})
+
+
+def test_an_empty_params_json_is_no_7b(folder: Path) -> None:
+    (folder / "params.json").write_text("{}")
+    assert refusal(folder).startswith(f"{folder / 'params.json'}: it lacks dim, n_layers, n_heads")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "linear", "factor": "4"}, {"rope_type": "linear"}, {"rope_type": "su"}, "linear", [4], {"type": []}],
+    ids=str,
+)
+def test_a_rope_scaling_that_cannot_be_is_named_with_its_file(folder: Path, scaling: Any) -> None:
+    path = with_params(folder, rope_scaling=scaling)
+    assert re.match(rf"{path}: rope_scaling", refusal(folder))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"dim":' * 100_000, '{"dim": 1' + "0" * 9_999 + "}"])
+def test_json_that_is_too_deep_or_too_long_is_one_sentence(folder: Path, text: str) -> None:
+    (folder / "params.json").write_text(text)
+    said = refusal(folder)
+    assert str(folder / "params.json") in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layers": 100_000}, "n_layers is 100000"),
+        ({"n_layers": 999}, "n_layers is 999, but 2 in the tensors"),
+        ({"n_layers": 1}, "n_layers is 1, but 2 in the tensors"),
+        ({"dim": 2**30, "n_heads": 1, "n_kv_heads": 1}, f"dim is {2**30}, but 64 in the tensors"),  # 4 GB of angles
+    ],
+)
+def test_sizes_beyond_the_shards_are_refused_at_once(folder: Path, changes: dict[str, int], said: str) -> None:
+    """Before a model of them is made, which takes minutes and gigabytes."""
+    path = with_params(folder, **changes)
+    before = time.perf_counter()
+    assert refusal(folder).startswith(f"{path}: {said}")
+    assert time.perf_counter() - before < 1
+
+
+@pytest.mark.parametrize("stray", ["99999999", "9" * 200, "002", "٠٢"])
+def test_a_stray_shard_is_refused_at_once(folder: Path, stray: str) -> None:
+    """A set of all the numbers up to its own takes minutes and gigabytes."""
+    (folder / f"consolidated.{stray}.pth").write_bytes(b"")
+    before = time.perf_counter()
+    assert f"{folder} has 3 shards, but lacks consolidated.02.pth" in refusal(folder)
+    assert time.perf_counter() - before < 1
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_link_to_nothing(path: Path) -> None:
+    path.symlink_to(path.parent / "nowhere")
+
+
+def a_link_to_a_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("made", [Path.mkdir, a_pipe, a_loop, a_link_to_nothing, a_link_to_a_device])
+@pytest.mark.parametrize("name", ["consolidated.01.pth", "params.json"])
+def test_what_is_no_file_is_named_and_not_waited_for(folder: Path, name: str, made: Callable[[Path], None]) -> None:
+    """A pipe is not opened: its reader waits until somebody writes."""
+    path = folder / name
+    path.unlink()
+    made(path)
+    said = refusal(folder)
+    kind = "a folder" if made is Path.mkdir else "a pipe, a device or a broken link"
+    assert said.startswith(f"{path} is {kind}: ")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["consolidated.01.pth", "params.json"])
+def test_a_file_that_may_not_be_read_is_named(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the refusal is the system's only in name."""
+    plain_open = Path.open
+
+    def refusing(path: Path, *args: Any, **more: Any) -> Any:
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain_open(path, *args, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert refusal(folder).startswith(f"{folder / name} can't be read (Permission denied): ")
+
+
+@pytest.mark.parametrize("refused", ["iterdir", "is_file"])
+def test_a_folder_that_may_not_be_read_is_named(folder: Path, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, refused, refusing)
+    with pytest.raises(ValueError, match=rf"{folder}.* can't be read \(Permission denied\): check the path"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.ones(48, 64, dtype=torch.bool), "torch.bool of the shape (48, 64)"),
+        (torch.ones(48, 64, dtype=torch.int8), "torch.int8 of the shape"),
+        (torch.ones(48, 64, dtype=torch.complex64), "torch.complex64 of the shape"),
+        (torch.tensor(1.0), "torch.float32 of the shape ()"),
+        (torch.ones(64), "torch.float32 of the shape (64,)"),
+        (torch.ones(48, 64, 1), "torch.float32 of the shape (48, 64, 1)"),
+        (torch.ones(48, 64).to_sparse(), "no plain dictionary of dense tensors"),
+        (torch.ones(48, 64, device="meta"), "no plain dictionary of dense tensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("name", ["layers.1.feed_forward.w1.weight", "tok_embeddings.weight"])
+def test_a_tensor_that_no_model_has_is_named(folder: Path, name: str, tensor: Tensor, said: str) -> None:
+    """A bool or an integer would be converted to numbers that mean nothing, and said nothing of."""
+    path = folder / "consolidated.01.pth"
+    torch.save(torch.load(path, weights_only=True) | {name: tensor}, path)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        load(on_meta(ARGS), Checkpoint(folder), parallel.start(device="cpu"), torch.float32)
+    assert str(path) in str(caught.value)
+    assert name in str(caught.value)
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Writes a shard's archive again, its members changed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, contents in members.items():
+            archive.writestr(name, change(name, contents))
+
+
+def test_an_archive_written_by_another_program_is_read(folder: Path) -> None:
+    expected = {name: w.clone() for name, w in module.open_shard(folder / "consolidated.01.pth").items()}
+    rewrite(folder / "consolidated.01.pth", lambda name, contents: contents)
+    found = module.open_shard(folder / "consolidated.01.pth")
+    assert all(torch.equal(found[name], w) for name, w in expected.items())
+
+
+@pytest.mark.parametrize("nth", [0, 7, -1])
+@pytest.mark.parametrize("kept", [0, 3, -4])
+def test_a_short_member_of_the_archive_is_named(folder: Path, nth: int, kept: int) -> None:
+    """torch.load maps the bytes that follow it in the file, which are another tensor's."""
+    path = folder / "consolidated.01.pth"
+    weights = torch.load(path, weights_only=True)
+    name = list(weights)[nth]
+    ends = f"/data/{nth % len(weights)}"
+    rewrite(path, lambda member, contents: contents[:kept] if member.endswith(ends) else contents)
+    said = refusal(folder)
+    assert said.startswith(f"{path} holds {name} compressed or cut short")
+
+
+def test_a_compressed_archive_is_named(folder: Path) -> None:
+    """torch.load maps the compressed bytes as if they were numbers."""
+    path = folder / "consolidated.01.pth"
+    weights = {name: torch.zeros_like(w) for name, w in torch.load(path, weights_only=True).items()}
+    noise = {name: torch.randn_like(w) for name, w in weights.items()}
+    for own in (weights, noise):
+        torch.save(own, path)
+        rewrite(path, lambda name, contents: contents, zipfile.ZIP_DEFLATED)
+        said = refusal(folder)
+        assert str(path) in said
+        assert "compressed" in said or "can't be read" in said
+
+
+def test_tensors_that_share_their_numbers_are_read(folder: Path) -> None:
+    """As tied and transposed weights do; one of none has a place in the archive too."""
+    path = folder.parent / "shared.pth"
+    base = torch.randn(6, 4)
+    own = {"a": base, "b": base[1:3], "empty": torch.empty(0), "c": base.t(), "d": torch.ones(3, dtype=torch.bfloat16)}
+    torch.save(own, path)
+    found = module.open_shard(path)
+    assert all(torch.equal(found[name], w) for name, w in own.items())
+
+
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +579,16 @@ def test_saved_files_are_those_of_the_published_format(tmp_path: Path) -> None:
         assert all(w.is_contiguous() and not w.requires_grad for w in own.values())
         # A view would drag its whole matrix along.
         assert (target / name).stat().st_size < sum(w.nbytes for w in own.values()) + 30_000
+
+
+@pytest.mark.parametrize("made", [Path.mkdir, a_pipe, a_link_to_nothing, lambda path: None])
+def test_a_tokenizer_that_is_no_file_is_named_and_nothing_is_saved(
+    tmp_path: Path, made: Callable[[Path], None]
+) -> None:
+    made(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "tokenizer"))):
+        save(tmp_path / "it", ARGS, reference.random_weights(ARGS), 1, tmp_path / "tokenizer")
+    assert not (tmp_path / "it").exists()
 
 
 def test_an_interrupted_save_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

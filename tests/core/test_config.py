@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -53,15 +55,17 @@ def test_a_preset_is_the_published_size(size: str) -> None:
 
 
 def test_theta_comes_from_params_json_alone() -> None:
-    assert ModelArgs.from_params({"rope_theta": 123.0})[0].rope_theta == 123.0
-    assert ModelArgs.from_params({})[0].rope_theta == 10_000.0  # as Llama 2, whose files don't say
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4}
+    assert ModelArgs.from_params({**sizes, "rope_theta": 123.0})[0].rope_theta == 123.0
+    assert ModelArgs.from_params(sizes)[0].rope_theta == 10_000.0  # as Llama 2, whose files don't say
 
 
 def test_unknown_keys_are_reported_and_limits_are_the_users_own() -> None:
-    args, unknown = ModelArgs.from_params({"dim": 64, "n_heads": 4, "use_scaled_rope": True, "max_seq_len": 5})
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4}
+    args, unknown = ModelArgs.from_params({**sizes, "use_scaled_rope": True, "max_seq_len": 5})
     assert unknown == ["max_seq_len", "use_scaled_rope"]
     assert args.max_seq_len == ModelArgs().max_seq_len
-    assert ModelArgs.from_params({"dim": 64, "n_heads": 4}, max_seq_len=7, max_batch_size=3)[0].max_seq_len == 7
+    assert ModelArgs.from_params(sizes, max_seq_len=7, max_batch_size=3)[0].max_seq_len == 7
 
 
 @pytest.mark.parametrize("given", [{}, {"hidden_dim": 99}, {"n_kv_heads": 2, "multiple_of": 32}, {"vocab_size": 7}])
@@ -92,6 +96,75 @@ def test_params_json_keeps_the_architecture(given: dict[str, Any]) -> None:
 def test_sizes_that_cannot_be_are_named(given: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ModelArgs(**{"dim": 64, "n_heads": 8} | given)
+
+
+WHOLE = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "hidden_dim"),
+    *("max_batch_size", "max_seq_len"),
+)
+NUMBERS = (*WHOLE, "ffn_dim_multiplier", "norm_eps", "rope_theta")
+OPTIONAL = ("n_kv_heads", "hidden_dim", "ffn_dim_multiplier")
+
+
+def test_every_number_of_an_architecture_is_checked() -> None:
+    assert {*NUMBERS, "rope_scaling"} == {field.name for field in dataclasses.fields(ModelArgs)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["64", "1e-5", "", True, False, [64], {"of": 64}, 0, 0.0, -1.5, -2, math.nan, math.inf, -math.inf, 1j, 10**400],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_in_range_is_named_with_what_is_allowed(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is .*; give a (whole )?number, (at least|above) -?\d.* at most \d"):
+        ModelArgs(**{"dim": 64, "n_heads": 8, name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - set(OPTIONAL)))
+def test_only_what_follows_from_other_numbers_may_be_left_out(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is None"):
+        ModelArgs(**{"dim": 64, "n_heads": 8, name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, 64.5) for name in WHOLE), ("rope_theta", 1), ("rope_theta", 0.5), ("norm_eps", 1.5), ("dim", 2**40)],
+)
+def test_numbers_out_of_their_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value}"):
+        ModelArgs(**{"dim": 64, "n_heads": 8, name: value})
+
+
+@pytest.mark.parametrize("given", [8.0, numpy.int64(8), numpy.float32(8.0), numpy.uint8(8)], ids=repr)
+def test_a_whole_number_is_one_however_it_is_written(given: Any) -> None:
+    """JSON does not tell 8.0 from 8, and sizes often come from numpy."""
+    args = ModelArgs(dim=64, **{name: given for name in WHOLE if name != "dim"}, rope_theta=given)
+    assert args == ModelArgs(dim=64, **{name: 8 for name in WHOLE if name != "dim"}, rope_theta=8.0)
+    assert all(type(getattr(args, name)) is int for name in WHOLE)
+    assert type(args.rope_theta) is float
+    assert json.loads(json.dumps(args.to_params())) == args.to_params()  # which numpy's own types would not stand
+
+
+def test_a_long_value_is_not_repeated_in_whole() -> None:
+    with pytest.raises(ValueError, match="dim is 'wide") as caught:
+        ModelArgs(dim="wide" * 10_000)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [({}, "dim, n_layers, n_heads"), ({"n_layers": 2, "vocab_size": 5}, "dim, n_heads"), ({"dim": 64}, "n_layers")],
+)
+def test_sizes_that_params_json_lacks_are_not_those_of_7b(params: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"lacks {named}"):
+        ModelArgs.from_params(params)
+    assert ModelArgs().dim == 4096  # in Python the defaults are Llama 2 7B's
+
+
+def test_a_model_too_deep_to_be_made_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"n_layers is 100000; .* at most 1000"):
+        ModelArgs(n_layers=100_000)
 
 
 def test_a_model_needs_its_vocabulary() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fixtures_text import ROWS, SLOTS, Spy, cut_before_the_first_complete, greedy, logprobs_after, next_logprobs
-from llama.decoding import Answer, Event, last_logits, prefill
+from fixtures_text import (
+    ROWS,
+    SLOTS,
+    VOCABULARY,
+    Spy,
+    cut_before_the_first_complete,
+    greedy,
+    logprobs_after,
+    next_logprobs,
+)
+from llama import decoding
+from llama.decoding import Event, Request
 from llama.generation import Llama
 from llama.prompts import Prompt
 from llama.sampling import Sampling
@@ -38,25 +48,27 @@ def until(ids: Sequence[int], stop: Sequence[int]) -> list[int]:
 # --- prefill -----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@pytest.fixture
+def chunked(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that sets how many prompt tokens are read in a step."""
+    return lambda chunk: monkeypatch.setattr(tiny_llama.loop, "chunk", chunk)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 16, 17, 512])
-def test_prefill_in_chunks_ends_in_the_oracles_scores(tiny_llama: Llama, chunk: int) -> None:
+def test_prefill_in_chunks_ends_in_the_oracles_logits(
+    tiny_llama: Llama, chunked: Callable[[int], None], chunk: int
+) -> None:
     """Ragged rows: those that end before a chunk, at its border, and in its middle."""
+    chunked(chunk)
     prompts = some_prompts()
-    found = torch.log_softmax(last_logits(tiny_llama.model, prompts, chunk), -1)
-    expected = torch.stack([next_logprobs(prompt)[-1] for prompt in prompts])
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
-
-
-@torch.inference_mode()
-def test_prefill_goes_on_after_what_is_known(tiny_llama: Llama) -> None:
-    prompts = some_prompts((40, 40))
-    last_logits(tiny_llama.model, [prompt[:25] for prompt in prompts], 512)
-    read = [(at, tuple(h.shape[:2])) for at, h in prefill(tiny_llama.model, prompts, 10, known=25)]
-    assert read == [(25, (2, 10)), (35, (2, 5))]
-    found = torch.log_softmax(last_logits(tiny_llama.model, prompts, 10, known=25), -1)
-    expected = torch.stack([next_logprobs(prompt)[-1] for prompt in prompts])
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    events = list(tiny_llama.stream(prompts, 1, 0.0, logprobs=4, reuse=False))
+    assert [event.row for event in events if event.tokens] == sorted(range(4), key=[e.row for e in events].index)
+    for event in events:
+        expected = next_logprobs(prompts[event.row])[-1].sort(descending=True)
+        ids, logprobs = zip(*event.top[0], strict=True)
+        assert list(ids) == expected.indices[:4].tolist()
+        assert list(logprobs) == pytest.approx(expected.values[:4].tolist(), abs=1e-4)
+        assert event.logprobs == [logprobs[0]]
 
 
 def test_p1_a_ragged_batch_is_read_in_one_pass(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +80,20 @@ def test_p1_a_ragged_batch_is_read_in_one_pass(tiny_llama: Llama, monkeypatch: p
 def test_p1_rows_that_have_ended_are_left_out_of_later_chunks(
     tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny_llama, "prefill_chunk", 16)
+    monkeypatch.setattr(tiny_llama.loop, "chunk", 48)
     spy = Spy(tiny_llama, monkeypatch)
-    answers(tiny_llama, some_prompts((40, 3, 17)), 1)
-    assert spy.read == [(3, 16), (2, 16), (1, 8)]
+    answers(tiny_llama, some_prompts((43, 3, 17)), 1)
+    assert spy.read == [(1, 43), (2, 17)]
+
+
+def test_no_pass_reads_more_prompt_tokens_than_a_chunk(
+    tiny_llama: Llama, chunked: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's prompts are one pass of at most a chunk, so that others never wait for more."""
+    chunked(20)
+    spy, prompts = Spy(tiny_llama, monkeypatch), some_prompts((90, 50, 9, 7, 4, 4))
+    assert answers(tiny_llama, prompts, 3) == [until(greedy(prompt, 3), ()) for prompt in prompts]
+    assert max(rows * tokens for rows, tokens in spy.read if tokens > 1) == 20
 
 
 def test_p5_only_last_positions_get_logits(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +102,28 @@ def test_p5_only_last_positions_get_logits(tiny_llama: Llama, monkeypatch: pytes
     assert spy.scored == [3] * 4
 
 
+def test_logprobs_are_computed_where_they_are_asked_for_alone(
+    tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    original = decoding.logprobs_of
+    monkeypatch.setattr(
+        decoding, "logprobs_of", lambda logits, *more: (asked.append(tuple(logits.shape)), original(logits, *more))[1]
+    )
+    list(tiny_llama.stream(some_prompts(), 5, 0.0))
+    assert asked == []
+    tokenizer, prompts, inbox = tiny_llama.tokenizer, some_prompts((9, 9, 9)), []
+    requests = [
+        Request(tokenizer, Prompt(prompt, frozenset()), 3, Sampling(0.0), logprobs=0 if row == 1 else None, row=row)
+        for row, prompt in enumerate(prompts)
+    ]
+    inbox = list(tiny_llama.loop.run(requests))
+    assert asked == [(1, 1, VOCABULARY)] * 3
+    assert [len(event.logprobs) for event in inbox] == [event.row == 1 for event in inbox]
+
+
 def test_p5_scoring_makes_logits_of_a_chunk_at_a_time(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_llama, "prefill_chunk", 16)
+    monkeypatch.setattr(tiny_llama.loop, "chunk", 16)
     spy = Spy(tiny_llama, monkeypatch)
     tiny_llama.score(some_prompts((40, 17, 3)))
     assert max(spy.scored) == 16
@@ -93,7 +135,7 @@ def test_p5_scoring_makes_logits_of_a_chunk_at_a_time(tiny_llama: Llama, monkeyp
 
 def test_rows_leave_at_different_times_and_the_others_go_on(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row takes the place of one that leaves, keys, values and all."""
-    prompts = some_prompts()
+    prompts = some_prompts((40, 17, 17, 2))
     unstopped = [greedy(prompt, 16) for prompt in prompts]
     stop = [unstopped[0][3], unstopped[2][8], unstopped[1][11]]
     expected = [until(ids, stop) for ids in unstopped]
@@ -132,7 +174,9 @@ def test_a_batch_is_each_prompt_alone_in_any_order(tiny_llama: Llama, order: tup
     assert answers(tiny_llama, [prompts[i] for i in order], 12) == [expected[i] for i in order]
 
 
-def test_more_prompts_than_rows_are_answered_in_turns(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_prompts_than_rows_take_rows_as_they_become_free(
+    tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = some_prompts((5, 30, 2, 19, 11, 26, 8, 3, 14))
     spy = Spy(tiny_llama, monkeypatch)
     tokens, logprobs = tiny_llama.generate(prompts, 6, temperature=0, logprobs=True)
@@ -140,7 +184,7 @@ def test_more_prompts_than_rows_are_answered_in_turns(tiny_llama: Llama, monkeyp
     assert logprobs is not None
     for prompt, ids, found in zip(prompts, tokens, logprobs, strict=True):
         assert found == pytest.approx(logprobs_after(prompt, ids), abs=1e-4)
-    assert [read for read in spy.read if read[1] > 1] == [(4, 30), (4, 26), (1, 14)]
+    assert max(rows for rows, _ in spy.read) == ROWS
 
 
 # --- what a step costs -------------------------------------------------------------------------------------------
@@ -227,11 +271,11 @@ def test_an_answers_events_add_up(tokenizer: Tokenizer, text: str, stop: list[st
     decode = tokenizer.decode_infilling if context else tokenizer.decode
     ids = tokenizer.encode_infilling(text) if context else tokenizer.encode(text, bos=False, eos=False)
     prompt = Prompt(tokenizer.encode(context, bos=True, eos=False), frozenset({2}), continues=context != "")
-    answer = Answer(0, prompt, Sampling(), limit, stop, tokenizer, 0)
+    answer = Request(tokenizer, prompt, limit, stop=stop)
     events: list[Event] = []
     for n, token in enumerate([*ids, 2]):
-        if not answer.finished:
-            events.append(answer.take(token, -float(n)))
+        if not answer.gone:
+            events.append(answer.take(token, [-float(n)]))
     written = ids[:limit]
     expected, found = cut_before_the_first_complete(decode(written), stop)
     # A token begins where the whole characters before it end.
@@ -247,18 +291,18 @@ def test_an_answers_events_add_up(tokenizer: Tokenizer, text: str, stop: list[st
 
 def test_tokens_that_could_begin_a_stop_string_are_held_back_with_their_text(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.sp_model.piece_to_id(letter) for letter in "aENxEND"]
-    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 99, "END", tokenizer, 0)
-    events = [answer.take(token, -float(n)) for n, token in enumerate(ids)]
+    answer = Request(tokenizer, Prompt([1, 13], frozenset({2})), 99, stop=["END"])
+    events = [answer.take(token, [-float(n)]) for n, token in enumerate(ids)]
     assert [event.text for event in events] == ["a", "", "", "ENx", "", "", ""]
     assert [len(event.tokens) for event in events] == [1, 0, 0, 3, 0, 0, 0]
     assert events[3].logprobs == [-1.0, -2.0, -3.0]
     assert events[-1].finish_reason == "stop"
-    assert answer.finished
+    assert answer.gone
 
 
 def test_a_stop_string_may_end_in_what_is_told_last(tokenizer: Tokenizer) -> None:
     """The end of the answer makes half a character U+FFFD, and that completes the stop string."""
     half = tokenizer.sp_model.piece_to_id("<0xE4>")
-    answer = Answer(0, Prompt([1, 13], frozenset({2})), Sampling(), 2, "x\ufffd", tokenizer, 0)
-    events = [answer.take(tokenizer.sp_model.piece_to_id("x"), -1.0), answer.take(half, -2.0)]
+    answer = Request(tokenizer, Prompt([1, 13], frozenset({2})), 2, stop=["x\ufffd"])
+    events = [answer.take(tokenizer.sp_model.piece_to_id("x"), [-1.0]), answer.take(half, [-2.0])]
     assert [(event.text, event.tokens, event.finish_reason) for event in events] == [("", [], None), ("", [], "stop")]

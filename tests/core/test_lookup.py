@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fixtures_text import ARGS, ROWS, SLOTS, WEIGHTS
-from llama.decoding import NOTHING, Answer, choose
 from llama.generation import Llama
 from llama.lookup import CONTEXT, LONGEST_PAUSE, NGRAM, PLACES, Lookup
 from llama.model import Transformer
 from llama.prompts import Prompt
-from llama.sampling import Sampling
+from llama.sampling import Batch, Draws, Sampling
 from llama.tokenizer import Tokenizer
 
 
@@ -35,10 +34,9 @@ def prompts_of(rng: random.Random, words: int, number: int) -> list[list[int]]:
 
 def answers(llama: Llama, lookup: int, prompts: list[list[int]], **options: Any) -> Any:
     llama.lookup = lookup
-    settings: dict[str, Any] = {"max_gen_len": 24, "temperature": 0.0, **options}
-    return llama._collect(
-        [Prompt(p, frozenset({2})) for p in prompts], top_p=1.0, top_k=None, **{"stop": (), "seed": 1, **settings}
-    )
+    settings: dict[str, Any] = {"max_gen_len": 24, "temperature": 0.0, "stop": (), "seed": 1, **options}
+    limits = settings.pop("max_gen_len"), settings.pop("temperature"), 1.0
+    return llama._collect([Prompt(p, frozenset({2})) for p in prompts], *limits, True, False, settings)[0]
 
 
 def same(one: Any, other: Any) -> None:
@@ -67,7 +65,7 @@ class Counting:
         hidden = Transformer.hidden
 
         def count(model: Transformer, tokens: Tensor, start_pos: Any = None, cache: Any = None) -> Tensor:
-            if isinstance(start_pos, list):
+            if start_pos.first is not None:
                 self.widths.append(tokens.shape[1])
             return hidden(model, tokens, start_pos, cache)
 
@@ -134,7 +132,7 @@ def test_a_conversation_goes_on_from_what_was_read(llama: Llama) -> None:
     def talk(lookup: int) -> list[list[int]]:
         llama.lookup, tokens, said = lookup, [5, 6, 7] * 4, []
         for _ in range(3):
-            events = llama.stream([tokens], 7, 0.0, reuse=True)
+            events = llama.stream([tokens], 7, 0.0)
             said.append([token for event in events for token in event.tokens])
             tokens = [*tokens, *said[-1], 9, 5, 6]
         return said
@@ -146,11 +144,11 @@ def test_sampling_keeps_its_distribution() -> None:
     """Chi-squared of two tokens in a row, of which the first was guessed: five cells, p = 0.001."""
     logits = torch.tensor([[[0.0, 1.0, 2.0], [1.5, 0.0, 0.5]]])
     first, second = torch.softmax(logits[0], -1).tolist()
-    row = Answer.__new__(Answer)  # of which only these are looked at
-    row.sampling, row.generator = Sampling(1.0, 1.0), torch.Generator().manual_seed(0)
-    n = 20_000
-    counts = Counter(tuple(choose(logits, [[2]], [row])[0].tolist()) for _ in range(n))
-    expected = {(0, NOTHING): first[0], (1, NOTHING): first[1]}
+    n, settings = 20_000, Sampling(1.0, 1.0)
+    numbers = torch.tensor(Draws(settings)(0, 2 * n), dtype=torch.int32).view(torch.float32).view(n, 2)
+    chosen = Batch([settings] * n, [[]] * n, [[]] * n, 3, logits.device).sample(logits.expand(n, -1, -1), numbers)
+    counts = Counter((a, b) if a == 2 else (a,) for a, b in chosen.tolist())  # another first token ends the guess
+    expected: dict[tuple[int, ...], float] = {(0,): first[0], (1,): first[1]}
     expected |= {(2, token): first[2] * p for token, p in enumerate(second)}
     assert set(counts) == set(expected)
     assert sum((counts[cell] - n * p) ** 2 / (n * p) for cell, p in expected.items()) < 18.47  # 4 degrees of freedom

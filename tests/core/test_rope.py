@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_none_turns_nothing_and_proportional_of_1_everything() -> None:
     [
         (
             {"rope_type": "proportional", "partial_rotary_factor": 1.5},
-            "partial_rotary_factor is 1.5; it must be between",
+            "partial_rotary_factor is 1.5; .* at least 0 and at most 1",
         ),
         (
             {"rope_type": "ntk_by_parts", "factor": 2.0, "original_max_position_embeddings": 9, "alpha": 4, "beta": 3},
@@ -314,10 +315,10 @@ def test_rotation_of_bfloat16_is_rounded_once() -> None:
         ({"rope_type": "linear"}, r"lacks \['factor'\]"),
         ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fats": 1.0}, "unknown.*beta_fats"),
-        ({"rope_type": "linear", "factor": 0.5}, "factor 0.5.*at least 1"),
-        ({"rope_type": "linear", "factor": math.nan}, "factor nan"),
-        ({"rope_type": "linear", "factor": "4"}, "factor '?4'?"),
-        ({"rope_type": "linear", "factor": None}, "factor None"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5.*at least 1"),
+        ({"rope_type": "linear", "factor": math.nan}, "factor is nan"),
+        ({"rope_type": "linear", "factor": "4"}, "factor is '4'"),
+        ({"rope_type": "linear", "factor": None}, "factor is None"),
         (
             {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 0},
             "original_max_position_embeddings",
@@ -338,3 +339,92 @@ def test_rotation_of_bfloat16_is_rounded_once() -> None:
 def test_a_scaling_that_cannot_be_is_named(scaling: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         spectrum(64, 1e4, scaling, 100)
+
+
+def complete(name: str) -> dict[str, Any]:
+    """Every parameter of a scheme, at a value that is possible."""
+    values: dict[str, Any] = {
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim", "alpha", "beta_slow"), 1.0),
+        **dict.fromkeys(("beta", "beta_fast", "high_freq_factor"), 4.0),
+        "low_freq_factor": 1.0,
+        "truncate": True,
+    }
+    taken = inspect.signature(SPECTRA[name]).parameters.values()
+    return {p.name: values[p.name] for p in taken if p.kind is p.KEYWORD_ONLY}
+
+
+PARAMETERS = [(name, key) for name in SPECTRA for key in complete(name)]
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_every_parameter_of_a_scheme_may_be_given(name: str) -> None:
+    found = spectrum(8, 1e4, {"rope_type": name, **complete(name)}, 100)
+    assert found.inv_freq.isfinite().all()
+    assert 0 < found.attention_scale < 10
+
+
+@pytest.mark.parametrize(
+    "value", ["2", True, -1, -0.5, math.nan, math.inf, [math.nan] * 4, {}, 1e300, 10**400], ids=str
+)
+@pytest.mark.parametrize(("name", "key"), PARAMETERS)
+def test_a_parameter_that_is_no_number_in_range_is_named(name: str, key: str, value: Any) -> None:
+    if key == "truncate" and value is True:
+        value = "false"  # a string, which Python takes for true
+    with pytest.raises(ValueError, match=rf"rope_scaling.*{key}"):
+        spectrum(8, 1e4, {"rope_type": name, **complete(name), key: value}, 100)
+
+
+@pytest.mark.parametrize(("name", "key"), [pair for pair in PARAMETERS if pair[1].endswith("freq_factor")])
+def test_0_turns_are_no_bound(name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} is 0"):
+        spectrum(8, 1e4, {"rope_type": name, **complete(name), key: 0}, 100)
+
+
+@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("length", [10, 100])
+def test_both_lists_of_longrope_are_checked_whatever_the_length(key: str, length: int) -> None:
+    scaling = {"rope_type": "longrope", **complete("longrope"), key: [1.0, 2.0]}
+    with pytest.raises(ValueError, match="2 factors for 4 pairs"):
+        spectrum(8, 1e4, scaling, length)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "scaling", "said"),
+    [
+        (8, {"rope_type": "longrope", **complete("longrope"), "original_max_position_embeddings": 1}, "heads of 8"),
+        (2, {"rope_type": "ntk", "factor": 4.0}, "heads of 2"),
+        (8, {"rope_type": "yarn", **complete("yarn"), "beta_fast": 0.5}, "beta_fast is the larger"),
+        (8, {"rope_type": ["yarn"]}, r"\['yarn'\]"),
+    ],
+)
+def test_a_formula_that_has_no_value_is_named(head_dim: int, scaling: dict[str, Any], said: str) -> None:
+    if scaling.get("attention_factor"):
+        scaling = {key: value for key, value in scaling.items() if key != "attention_factor"}
+    with pytest.raises(ValueError, match=said):
+        spectrum(head_dim, 1e4, scaling, 100)
+
+
+@pytest.mark.parametrize("theta", [1, 1.0, 0, -1e4, math.nan, math.inf, "1e4", None, True])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_theta_that_cannot_be_is_named(name: str, theta: Any) -> None:
+    with pytest.raises(ValueError, match=r"rope_theta is .*above 1"):
+        spectrum(8, theta, {"rope_type": name, **complete(name)}, 100)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_tables_do_not_depend_on_the_default_device(name: str) -> None:
+    scaling = {"rope_type": name, **complete(name)}
+    expected = rotation_tables(spectrum(8, 1e4, scaling, 100), 100, CPU)
+    torch.set_default_device("meta")
+    try:
+        found = rotation_tables(spectrum(8, 1e4, scaling, 100), 100, CPU)
+    finally:
+        torch.set_default_device(None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.device == CPU
+        assert torch.equal(ours, theirs)

@@ -31,7 +31,7 @@ def check(init_method: str, fused: bool, scheme: str | None) -> tuple[Tensor, Te
     ranks = parallel.start(init_method=init_method, timeout=60)
     torch.manual_seed(0)
     model = Transformer(ARGS).requires_grad_(False)
-    with ranks.together():
+    with ranks.all_ranks():
         if scheme:
             quantize_(model, scheme)
         if fused:
@@ -47,4 +47,5 @@ def check(init_method: str, fused: bool, scheme: str | None) -> tuple[Tensor, Te
 def test_two_ranks_compute_compiled_what_they_do_without(fused: bool, scheme: str | None) -> None:
     for expected, found in on_ranks(check, 2, fused, scheme, limit=240):
         assert expected.abs().max() > 0.1
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        # By quantised weights x has 16 bits: what is a little off may be rounded the other way.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if scheme else 1e-5)

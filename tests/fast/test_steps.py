@@ -10,6 +10,7 @@ import copy
 import heapq
 import inspect
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from llama.fast import speed_up_
 from llama.fast.step import Steps
 from llama.kernels.matrix import FEW, multiplies_bfloat16
 from llama.longcontext.int8_cache import int8_cache
+from llama.model import Start
 from llama.quantize.layers import quantize_
 from parallel.ranks import on_ranks
 
@@ -51,7 +53,15 @@ def in_one_call(made: Transformer) -> Steps:
     return steps
 
 
-def scores(made: Transformer, tokens: Tensor, starts: int | list[int]) -> Tensor:
+def built(fast: bool, **settings: Any) -> Llama:
+    """The embedded checkpoint."""
+    llama = Llama.build(**settings)
+    if fast:
+        speed_up_(llama.model)
+    return llama
+
+
+def scores(made: Transformer, tokens: Tensor, starts: Start) -> Tensor:
     """Over the model's own cache."""
     with torch.inference_mode():
         return made.logits(made.hidden(tokens, starts, made.own_cache()))
@@ -166,7 +176,7 @@ def test_a_model_that_is_let_go_is_gone() -> None:
 
 
 def test_float32_writes_the_same_200_tokens() -> None:
-    plain, fast = (Llama.build(max_seq_len=256, max_batch_size=1, fast=fast) for fast in (False, True))
+    plain, fast = (built(fast, max_seq_len=256, max_batch_size=1) for fast in (False, True))
     in_one_call(fast.model)
     prompt = "import os\n\n\nclass Reader:\n"
     found, right = (each.generate([each.tokenizer.encode(prompt, True, False)], 200, 0.0)[0] for each in (fast, plain))
@@ -177,7 +187,7 @@ def test_float32_writes_the_same_200_tokens() -> None:
 def test_bfloat16_weights_lose_less_than_a_thousandth_of_perplexity() -> None:
     """Token by token, over the cache in bfloat16, against the same weights in float32 throughout: the embedded ones."""
     exact = Llama.build(max_seq_len=512, max_batch_size=1)
-    fast = Llama.build(max_seq_len=512, max_batch_size=1, dtype=torch.bfloat16, fast=True)
+    fast = built(True, max_seq_len=512, max_batch_size=1, dtype=torch.bfloat16)
     for weight in exact.model.parameters():
         weight.data = weight.data.bfloat16().float()
     text = inspect.getsource(heapq)  # 512 tokens: of 187, chance alone made a thousandth
@@ -206,6 +216,84 @@ def test_what_is_no_position_or_no_token_is_said() -> None:
                 fast.hidden(torch.tensor([[5, wrong]]), 0, fast.own_cache())
         right = fast.hidden(torch.tensor([[5, 95]]), 62, fast.own_cache())
         assert torch.equal(fast.hidden(torch.tensor([[5, 95]], dtype=torch.int32), 62, fast.own_cache()), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_at_an_offset_are_the_first_rows_bit_by_bit(dtype: torch.dtype) -> None:
+    """The same tokens after the same tokens, in whichever rows; and no other row is touched."""
+    fast = speed_up_(model(dtype, max_batch_size=4))
+    steps, cache = in_one_call(fast), fast.own_cache()
+    tokens = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(1))
+    stores = (*cache.keys, *cache.values)
+    with torch.inference_mode():
+        found = []
+        for row in (0, 2, 1, 0):
+            for store in stores:
+                store.normal_(generator=torch.Generator().manual_seed(2))
+            before = [store.clone() for store in stores]
+            given = []
+            for starts, T in ((0, 10), (10, 1), ([11, 3], 2), ([13, 5], 1)):
+                span = cache.span(starts, 2, T, row)
+                given.append(steps(tokens[:, :T], span, cache))
+            found.append([torch.cat(given, 1), *(store[row : row + 2].clone() for store in stores)])
+            for store, was in zip(stores, before, strict=True):
+                assert not torch.equal(store[row : row + 2, :, :10], was[row : row + 2, :, :10])
+                assert torch.equal(store[:row], was[:row])
+                assert torch.equal(store[row + 2 :], was[row + 2 :])
+    for part, *others in zip(*found, strict=True):
+        for other in others:  # a first row's own slots: the noise behind them differs
+            assert torch.equal(other[0, :, :13], part[0, :, :13])
+            assert torch.equal(other[1, :, :10], part[1, :, :10])
+
+
+def test_a_span_is_the_positions_that_it_was_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position for all rows or one for each; and one at an offset that is none is refused by whoever makes it."""
+    fast = speed_up_(model())
+    steps, cache = in_one_call(fast), fast.own_cache()
+    token = torch.tensor([[5], [6]])
+    with torch.inference_mode():
+        steps(torch.arange(30).view(3, 10), 0, cache)
+        for starts in (7, [7, 3], torch.tensor([7, 3])):
+            right = steps(token, starts, cache)
+            monkeypatch.setattr("llama.cache.Span.positions", None)  # a tensor that no step needs
+            span = cache.span(starts, 2, 1, 0, torch.tensor([[7], [3]]))
+            assert torch.equal(steps(token, span, cache), right)
+            assert torch.equal(steps(token.int(), span, cache), right)
+            monkeypatch.undo()
+        with pytest.raises(ValueError, match="2 rows of tokens from row 2 on"):
+            cache.span(0, 2, 1, 2)
+        with pytest.raises(AssertionError, match="a span of 2 tokens"):
+            steps(token, cache.span(0, 2, 2), cache)
+
+
+def test_what_a_step_overwrites_is_forgotten() -> None:
+    """Whoever steps, by whatever kind of position, and where the step fails too."""
+    fast = speed_up_(model())
+    steps, cache = in_one_call(fast), fast.own_cache()
+    token = torch.tensor([[5], [6]])
+    with torch.inference_mode():
+        for starts, left in (
+            (4, [4, 4, 8]),
+            ([2, 6], [2, 6, 8]),
+            (torch.tensor([1, 7]), [1, 7, 8]),
+            (None, [8, 3, 3]),
+        ):
+            for row in range(3):
+                cache.tokens[row] = list(range(8))
+            steps(token, cache.span(3, 2, 1, 1) if starts is None else starts, cache)
+            assert [len(own) for own in cache.tokens] == left
+        cache.tokens[0] = list(range(8))
+        with pytest.raises(IndexError):
+            steps(torch.tensor([[96]]), 5, cache)
+        assert cache.tokens[0] == [0, 1, 2, 3, 4]
+
+
+def test_the_models_own_cache_needs_no_name() -> None:
+    fast = speed_up_(model())
+    in_one_call(fast)
+    with torch.inference_mode():
+        right = fast.hidden(torch.tensor([[5]]), 0, fast.own_cache())
+        assert torch.equal(fast.hidden(torch.tensor([[5]]), 0), right)
 
 
 def test_another_cache_is_written_to_and_then_the_first_again() -> None:
@@ -239,7 +327,7 @@ def test_other_caches_and_prompts_are_left_to_the_blocks(monkeypatch: pytest.Mon
 
 def on_a_rank(init_method: str, scheme: str | None) -> Tensor:
     ranks = parallel.start(init_method=init_method, timeout=60)
-    with ranks.together():
+    with ranks.all_ranks():
         made = model()
         if scheme:
             quantize_(made, scheme)
@@ -258,7 +346,9 @@ def read(fast: Transformer, left_to_the_blocks: bool) -> Tensor:
         (tokens[:, prompt + 1 : prompt + 2], [prompt + 1, 11]),
         (tokens[:, prompt + 2 :], prompt + 2),
     )
-    return torch.cat([scores(fast, part, starts) for part, starts in parts], 1)
+    found = [scores(fast, part, starts) for part, starts in parts]
+    row_1 = fast.own_cache().span(prompt + 3, 1, 1, row=1)
+    return torch.cat([*found, scores(fast, tokens[1:, -1:], row_1).expand(2, -1, -1)], 1)
 
 
 @pytest.mark.parametrize(("ranks", "scheme"), [(2, None), (2, "int4"), (4, None)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llama.checkpoint import open_checkpoint, save, split
 from llama.config import ModelArgs
 from llama.generation import Llama
 from llama.interop.convert import convert
-from llama.interop.gguf import QUANTS, to_gguf, to_meta, write_gguf
+from llama.interop.gguf import GGUF, QUANTS, to_gguf, to_meta, write_gguf
 from llama.tokenizer import Tokenizer
 from parallel.ranks import on_ranks
 from reference import random_weights
@@ -345,6 +346,62 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ValueError, match=r"m\.gguf: its architecture is 'gemma'; only 'llama'"):
         open_checkpoint(tmp_path / "m.gguf").args()
+
+
+@pytest.mark.parametrize("value", ["8", True, 0, -8, 8.5, [8, 8], np.float32("nan")], ids=str)
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "attention.head_count_kv"),
+        *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(
+    tmp_path: Path, key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value == 8.5 and key.startswith("rope"):
+        value = 0.5
+    scaled = replace(ARGS, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    found = GGUF(write(tmp_path / "m.gguf", args=scaled))
+    stored = found._value
+
+    def changed(asked: str, default: Any = None) -> Any:
+        return value if asked == f"llama.{key}" else stored(asked, default)
+
+    monkeypatch.setattr(found, "_value", changed)
+    named = "rope_scaling's factor" if key == "rope.scaling.factor" else f"llama.{key}"
+    with pytest.raises(ValueError, match=rf"m\.gguf: {named} is .*; give a ") as caught:
+        found.args()
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [100_000, 999, 1])
+def test_layers_that_the_file_does_not_hold_are_refused_at_once(
+    tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "m.gguf", args=replace(ARGS, n_layers=min(layers, 1000)))
+    found = GGUF(tmp_path / "m.gguf")
+    if layers > 1000:
+        stored = found._value
+        monkeypatch.setattr(
+            found, "_value", lambda key, *default: layers if key.endswith("block_count") else stored(key, *default)
+        )
+    before = time.perf_counter()
+    with pytest.raises(ValueError, match=rf"m\.gguf: .*(n_layers|block_count) is {layers}"):
+        found.args()
+    assert time.perf_counter() - before < 1
+
+
+@pytest.mark.parametrize("value", ["1", -1, 10**6, True])
+def test_a_token_id_beyond_the_vocabulary_is_named(
+    tmp_path: Path, value: Any, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = GGUF(write(tmp_path / "m.gguf", tokenizer=tokenizer_path))
+    assert found.tokenizer_path.is_file()
+    other, stored = GGUF(tmp_path / "m.gguf"), found._value
+    monkeypatch.setattr(other, "_value", lambda key, *default: value if "eos" in key else stored(key, *default))
+    with pytest.raises(ValueError, match=r"m\.gguf: tokenizer\.ggml\.eos_token_id is .*at most"):
+        other.tokenizer_path  # noqa: B018
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:

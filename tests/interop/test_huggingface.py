@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +248,70 @@ def test_what_the_core_cannot_run_is_named(folder: Path, changes: dict[str, Any]
     assert str(folder / "config.json") in str(caught.value)
 
 
+NUMBERS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("rms_norm_eps", "rope_theta", "head_dim"),
+)
+
+
+@pytest.mark.parametrize("value", ["8", True, 0, -8, 8.5, math.nan, math.inf, [8], {}], ids=str)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_cannot_be_is_named_as_config_json_names_it(folder: Path, key: str, value: Any) -> None:
+    if value == 8.5 and key == "rope_theta":
+        value = 0.5
+    changes = {"rope_parameters": ..., "rope_scaling": ..., key: value}
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=rf"config.json: {key} is {re.escape(repr(value))}; give a "):
+        open_weights(folder).args()
+
+
+def test_whole_floats_are_whole_numbers(folder: Path) -> None:
+    before = open_weights(folder).args()
+    change_config(folder, hidden_size=64.0, num_hidden_layers=2.0, num_key_value_heads=2.0, head_dim=8.0)
+    assert open_weights(folder).args() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor is '2'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 0}}, "beta_slow is 0"),
+        ({"rope_scaling": {**theirs.LLAMA3, "low_freq_factor": 0}}, "low_freq_factor is 0"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 0}},
+            "_embeddings is 0",
+        ),
+        ({"rope_scaling": {"rope_type": "longrope", **LONG}, "max_position_embeddings": "9"}, "_embeddings is '9'"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2}, "max_position_embeddings": None},
+            "_embeddings is None",
+        ),
+        ({"rope_scaling": False}, "rope_scaling is no object"),
+        ({"rope_scaling": []}, "rope_scaling is no object"),
+    ],
+)
+def test_a_scaling_that_cannot_be_is_named(folder: Path, changes: dict[str, Any], said: str) -> None:
+    change_config(folder, **{"rope_parameters": ..., **changes})
+    with pytest.raises(ValueError, match=rf"config.json: .*{said}"):
+        open_weights(folder).args()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"),
+        ({"num_hidden_layers": 999}, "n_layers is 999, but 2 in the tensors"),
+        ({"hidden_size": 2**30, "num_attention_heads": 1, "head_dim": ...}, f"dim is {2**30}, but 64 in the tensors"),
+    ],
+)
+def test_sizes_beyond_the_tensors_are_refused_at_once(folder: Path, changes: dict[str, Any], said: str) -> None:
+    change_config(folder, **{"num_key_value_heads": ..., **changes})
+    before = time.perf_counter()
+    with pytest.raises(ValueError, match=said):
+        open_weights(folder).args()
+    assert time.perf_counter() - before < 1
+
+
 @pytest.mark.parametrize(
     ("scaling", "position", "theta"),
     [
@@ -291,6 +358,35 @@ def test_something_else_in_place_of_a_file_is_named(folder: Path, found: bytes) 
     said = refusal(folder)
     assert str(folder / "model.safetensors") in said
     assert "web page or Git LFS pointer" in said
+
+
+def test_a_stray_part_is_refused_at_once(folder: Path) -> None:
+    """A set of the numbers of all parts takes minutes and gigabytes."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-99999999.safetensors")
+    before = time.perf_counter()
+    assert "lacks parts [2, 3, 4, 5, 6, 7 and 93 more] of 99999999" in refusal(folder)
+    assert time.perf_counter() - before < 1
+
+
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "own.safetensors")
+    assert f"{folder / 'own.safetensors'} is a pipe" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+def test_a_tensor_of_whole_numbers_is_named(folder: Path, name: str, dtype: torch.dtype) -> None:
+    """It would be converted to numbers that mean nothing, and said nothing of."""
+    change_tensors(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    assert re.search(rf"{folder}.*{name} is {dtype}.*not floating point", refusal(folder))
+
+
+def test_an_embedding_without_rows_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({"model.embed_tokens.weight": torch.tensor(1.0)}))
+    assert re.search(r"embed_tokens.weight is torch.float32 of the shape \(\)", refusal(folder))
 
 
 def test_a_folder_without_weights_is_named(folder: Path) -> None:

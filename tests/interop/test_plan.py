@@ -13,7 +13,7 @@ import torch
 
 import reference
 from fixtures_text import ARGS
-from llama import Llama, Transformer, checkpoint
+from llama import Llama, Transformer, checkpoint, load
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
 from llama.generation import EMBEDDED
@@ -102,7 +102,7 @@ def test_build_plans_for_the_weights_as_they_will_be(monkeypatch: pytest.MonkeyP
     limits: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 1, "device": "cpu"}
     with pytest.raises(ValueError, match="--quantize int8"):
         Llama.build(**limits)
-    assert Llama.build(**limits, quantize="int8").text_completion(["x"], max_gen_len=1)
+    assert load(**limits, quantize="int8").text_completion(["x"], max_gen_len=1)
     quantize_checkpoint(EMBEDDED, tmp_path / "int8", "int8")
     assert Llama.build(tmp_path / "int8", **limits).text_completion(["x"], max_gen_len=1)
 

@@ -143,7 +143,7 @@ def test_memory_is_linear_in_the_length() -> None:
     for length in (1000, 2000, 4000):
         watch = Watch(lambda q, *_: q, H, length, [0], 256, scores)
         q, keys = torch.randn(1, H, T, D), torch.randn(1, K, length, D)
-        span = Span(torch.arange(length - T, length)[None], length, length - T, torch.float32)
+        span = Span([length - T], T, length, torch.float32, torch.device("cpu"))
         with Largest() as largest:
             watch.attend(q, keys, keys, span)
         sizes.append(largest.numbers)

@@ -127,7 +127,7 @@ def test_scores_are_those_of_rounded_keys_and_values(tiny: ModelArgs, make_model
     tokens = torch.randint(tiny.vocab_size, (3, 20))
     by_definition = Rounding(2, 2, 8, 4, 160, dtype=torch.float64, device=CPU)
     with torch.inference_mode():
-        by_definition.span = lambda *a: Span(torch.arange(20)[None], 20, 0, torch.float32)  # type: ignore[method-assign]
+        by_definition.span = lambda *a: Span([0], 20, 20, torch.float32, torch.device("cpu"))  # type: ignore[method-assign]
         expected = model(tokens, 0, by_definition)
         for bucket in (1, 128):
             cache = int8_cache(model, 4, 160, bucket)
@@ -155,6 +155,54 @@ def test_a_wrong_guess_is_overwritten_and_a_row_can_move(tiny: ModelArgs, make_m
         cache.copy_row_(1, 0, 9)
         got = model(tokens[1:, 9:], 9, cache)[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-2)
+
+
+def test_rows_at_an_offset_are_the_first_rows_bit_by_bit(tiny: ModelArgs, make_model: MakeModel) -> None:
+    """A prompt in two pieces, a token each at positions of their own and at one; no byte of another row is touched."""
+    model, _ = make_model(tiny)
+    cache = int8_cache(model, rows=4)
+    tokens = torch.randint(tiny.vocab_size, (2, 20))
+    stores = (*cache.keys, *cache.values)
+    found = []
+    with torch.inference_mode():
+        for row in (0, 2, 1):
+            spoil_(cache)
+            before = [store.clone() for store in stores]
+            steps = [(tokens[:, :9], 0), (tokens[:, 9:12], 9), (tokens[:, 12:13], [12, 4]), (tokens[:, 13:14], 13)]
+            found.append(
+                [model(part, cache.span(start, 2, part.shape[1], row), cache) for part, start in steps]
+                + [store[row : row + 2, :, :14].clone() for store in stores]
+            )
+            for store, was in zip(stores, before, strict=True):
+                assert not torch.equal(store[row : row + 2, :, :12], was[row : row + 2, :, :12])
+                assert torch.equal(store[:row], was[:row])
+                assert torch.equal(store[row + 2 :], was[row + 2 :])
+    for other in found[1:]:
+        for one, first in zip(other, found[0], strict=True):
+            assert torch.equal(one, first)
+
+
+def test_rows_are_swapped_copied_and_forgotten_with_what_they_hold(tiny: ModelArgs, make_model: MakeModel) -> None:
+    """Scale bytes and all; so a row goes on as if it had always been where it is now."""
+    model, _ = make_model(tiny)
+    tokens = torch.randint(tiny.vocab_size, (3, 12))
+    cache = int8_cache(model, rows=3)
+    with torch.inference_mode():
+        model(tokens[:, :9], 0, cache)
+        for row, own in enumerate(tokens[:, :9].tolist()):
+            cache.tokens[row] = own
+        expected = model(tokens[:, 9:], 9, cache)
+        assert [len(own) for own in cache.tokens] == [9, 9, 9]
+        cache.swap_rows_(0, 2)
+        cache.copy_row_(0, 1, 7)
+        held = tokens[:, :9].tolist()
+        assert cache.tokens == [held[2], held[2][:7], held[0]]
+        for row, own, start in ((0, 2, 9), (1, 2, 7), (2, 0, 9)):
+            span = cache.span(start, 1, 12 - start, row)
+            found = model(tokens[own : own + 1, start:], span, cache)[0, 9 - start :]
+            torch.testing.assert_close(found, expected[own], rtol=0, atol=1e-5)
+        model(tokens[:1, :1], cache.span([4], 1, 1, 2), cache)
+    assert cache.tokens == [held[2], held[2][:7], held[0][:4]]
 
 
 def test_bfloat16_models_are_given_bfloat16(tiny: ModelArgs, make_model: MakeModel) -> None:

@@ -46,10 +46,13 @@ def _run(check: Callable[..., Any], rank: int, world_size: int, folder: str, arg
     os._exit(1)
 
 
-def outcomes(check: Callable[..., Any], world_size: int, *args: Any, limit: float = 60.0) -> list[Any]:
+def outcomes(
+    check: Callable[..., Any], world_size: int, *args: Any, limit: float = 60.0, stopped: int | None = None
+) -> list[Any]:
     """What `check(init_method, *args)` returned on each rank, or the RankFailed that took its place.
 
-    `check` is a function of a module. After `limit` seconds the ranks that still run are ended.
+    `check` is a function of a module. After `limit` seconds the ranks that still run are ended. Rank `stopped` is not
+    waited for.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -61,7 +64,9 @@ def outcomes(check: Callable[..., Any], world_size: int, *args: Any, limit: floa
         end = time.monotonic() + limit
         results = [Path(folder, f"result.{rank}") for rank in range(world_size)]
         while time.monotonic() < end and any(
-            process.is_alive() and not result.exists() for process, result in zip(ranks, results, strict=True)
+            process.is_alive() and not result.exists()
+            for rank, (process, result) in enumerate(zip(ranks, results, strict=True))
+            if rank != stopped
         ):
             time.sleep(0.005)
         hung = [process.is_alive() for process in ranks]

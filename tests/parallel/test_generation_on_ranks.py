@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,93 @@ def test_a_stream_that_rank_0_leaves_ends_on_all_ranks(tiny_checkpoint: Path) ->
     assert seen == 2
     assert others_seen <= 2
     assert after[1] == others_after[1] == expected[1]
+
+
+def check_everything_that_happens_to_a_loop(init_method: str, folder: Path) -> list[Any]:
+    """One after the other, each followed by a right answer: in one pair of processes, since a start costs seconds."""
+    start(init_method=init_method, timeout=4)
+    llama = Llama.build(folder, max_seq_len=48, max_batch_size=2, timeout=4)
+    found: list[Any] = []
+
+    def right() -> bool:
+        """Still the text of before, and the same on all ranks."""
+        return llama.generate(PROMPTS, 12, temperature=0)[0] == first
+
+    first = llama.generate(PROMPTS, 12, temperature=0)[0]
+    # A listener that pauses for longer than ranks wait for each other.
+    tokens = []
+    for n, event in enumerate(llama.stream(PROMPTS[:1], 12, temperature=0)):
+        tokens += event.tokens
+        if n == 2 and llama.ranks.leads:
+            time.sleep(6)
+    found.append(tokens == first[0] and right())
+    # Ctrl-C between two events: rank 0's program catches it, and goes on.
+    stream = llama.stream(PROMPTS, 12, temperature=0)
+    try:
+        for n, _ in enumerate(stream):
+            if n == 4 and llama.ranks.leads:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    stream.close()  # type: ignore[attr-defined]
+    found.append(llama.ranks.broadcast_object("words") == "words" and right())
+    # Ctrl-C in the middle of a step waits for its end.
+    if llama.ranks.leads:
+        hidden = llama.model.hidden
+        llama.model.hidden = lambda *a: (os.kill(os.getpid(), signal.SIGINT), hidden(*a))[1]  # type: ignore[method-assign]
+    stream = llama.stream(PROMPTS[:1], 12, temperature=0)
+    try:
+        for _ in stream:
+            pass
+        found.append("ended")
+    except KeyboardInterrupt:
+        found.append("interrupted")
+    finally:
+        if llama.ranks.leads:
+            llama.model.hidden = hidden  # type: ignore[method-assign]
+    stream.close()  # type: ignore[attr-defined]
+    found.append(right())
+    # Each rank asks for something else.
+    for own in (
+        lambda: llama.generate([PROMPTS[llama.ranks.rank]], 5, temperature=0),
+        lambda: llama.generate(PROMPTS[:1], 5, temperature=0.5 * llama.ranks.rank),
+        lambda: llama.generate(PROMPTS[: 1 + llama.ranks.rank], 5, temperature=0, seed=1),
+    ):
+        try:
+            own()
+            found.append("answered")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_whatever_happens_on_rank_0_the_others_follow(tiny_checkpoint: Path) -> None:
+    for rank, found in enumerate(on_ranks(check_everything_that_happens_to_a_loop, 2, tiny_checkpoint, limit=90)):
+        slow_listener, between, within, after, *different = found
+        assert (slow_listener, between, after) == (True, True, True)
+        assert within == ("interrupted" if rank == 0 else "ended")
+        assert all("ranks were asked for different things" in words for words in different), different
+
+
+def check_threads_and_followers(init_method: str, folder: Path) -> list[Any]:
+    """Threads on both ranks, in whatever order; then rank 0 alone has requests, and the other follows."""
+    llama = build(init_method, folder)
+    expected = [llama.generate([prompt], 12, temperature=0)[0][0] for prompt in PROMPTS]
+    found: dict[int, list[int]] = {}
+
+    def work(which: int) -> None:
+        found[which] = llama.generate([PROMPTS[which]], 12, temperature=0)[0][0]
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(3)]
+    for thread in threads[:: 1 if llama.ranks.leads else -1]:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [found == dict(enumerate(expected)), llama.ranks.broadcast_object("ended")]
+
+
+def test_threads_on_ranks_find_each_other(tiny_checkpoint: Path) -> None:
+    assert on_ranks(check_threads_and_followers, 2, tiny_checkpoint) == [[True, "ended"]] * 2
 
 
 def check_a_rank_without_its_folder(init_method: str, folder: Path) -> str:

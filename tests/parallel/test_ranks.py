@@ -120,10 +120,10 @@ def test_alone_a_broadcast_is_what_was_given() -> None:
     assert ranks.broadcast_object("x") == "x"
 
 
-def _raise_together(init_method: str, failing: dict[int, Exception | str]) -> Any:
+def _raise_on_some(init_method: str, failing: dict[int, Exception | str]) -> Any:
     ranks = parallel.start(init_method=init_method, device="cpu", timeout=20)
     try:
-        with ranks.together():
+        with ranks.all_ranks():
             error = failing.get(ranks.rank)
             if isinstance(error, str):
                 raise Unpicklable("fault", error)
@@ -133,33 +133,33 @@ def _raise_together(init_method: str, failing: dict[int, Exception | str]) -> An
         told = (type(raised).__name__, str(raised))
     else:
         told = None
-    with ranks.together():  # and they can go on together
+    with ranks.all_ranks():  # and they can go on together
         pass
     return told
 
 
 def test_an_error_of_one_rank_is_raised_by_all() -> None:
     missing = ValueError("there is no consolidated.01.pth")
-    assert on_ranks(_raise_together, 3, {1: missing}) == [("ValueError", str(missing))] * 3
+    assert on_ranks(_raise_on_some, 3, {1: missing}) == [("ValueError", str(missing))] * 3
 
 
 def test_rank_0_raises_its_own_error_first() -> None:
-    results = on_ranks(_raise_together, 2, {0: KeyError("a"), 1: ValueError("b")})
+    results = on_ranks(_raise_on_some, 2, {0: KeyError("a"), 1: ValueError("b")})
     assert results == [("KeyError", "'a'"), ("ValueError", "b")]
 
 
 def test_an_error_that_cannot_travel_arrives_as_its_text() -> None:
-    results = on_ranks(_raise_together, 2, {1: "shard 1"})
+    results = on_ranks(_raise_on_some, 2, {1: "shard 1"})
     assert results == [("RuntimeError", "Unpicklable: fault in shard 1"), ("Unpicklable", "fault in shard 1")]
 
 
 def test_without_an_error_all_go_on() -> None:
-    assert on_ranks(_raise_together, 2, {}) == [None, None]
+    assert on_ranks(_raise_on_some, 2, {}) == [None, None]
 
 
 def test_alone_an_error_is_raised_as_it_is() -> None:
     error = ValueError("x")
-    with pytest.raises(ValueError, match="x") as caught, parallel.start(device="cpu").together():
+    with pytest.raises(ValueError, match="x") as caught, parallel.start(device="cpu").all_ranks():
         raise error
     assert caught.value is error
 
@@ -172,12 +172,13 @@ def _compute_until_one_is_gone(init_method: str, way: str) -> None:
             while way == "hangs" and not os.path.exists(init_method[len("file://") :].replace("store", "result.0")):
                 time.sleep(0.05)
             os._exit(1)
-        model(torch.zeros(1, 3, dtype=torch.long))
+        with ranks.named_loss():
+            model(torch.zeros(1, 3, dtype=torch.long))
 
 
 def _load_until_one_is_gone(init_method: str, way: str) -> None:
     ranks = parallel.start(init_method=init_method, device="cpu", timeout=2)
-    with ranks.together():
+    with ranks.all_ranks():
         if ranks.rank == 1:
             os._exit(1)
 
@@ -191,5 +192,5 @@ def test_a_rank_that_is_gone_ends_the_others_within_the_timeout(doing: Any, way:
     for rank in (0, 2):
         assert isinstance(results[rank], RankFailed)
         assert "still ran" not in str(results[rank])
-        assert "RuntimeError" in str(results[rank])  # gloo's, of a lost connection or of a wait that was too long
+        assert "llama.parallel.LostRank" in str(results[rank])
     assert str(results[1]) == "rank 1 died"

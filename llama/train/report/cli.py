@@ -20,6 +20,7 @@ from llama.evals.lines import Order, infill_lines
 from llama.evals.positions import loss_by_position
 from llama.evals.retrieval import DEPTHS, Retrieval, retrieval
 from llama.evals.sources import Source, choose, choose_files
+from llama.front import load
 from llama.generation import Llama
 from llama.prompts import Dialog, Message
 from llama.train.card import write_card
@@ -138,7 +139,7 @@ def _makes(
     folder: Path, held_out: Sequence[Source], base: int, longest: int, trained: int, amounts: Amounts
 ) -> dict[str, Callable[[], Figures]]:
     def build(length: int, rows: int = ROWS) -> Llama:
-        return Llama.build(folder, max_seq_len=length, max_batch_size=rows, device="cpu", fast=True)
+        return load(folder, max_seq_len=length, max_batch_size=rows, device="cpu", fast=True)
 
     # Long rows one at a time: a row of 4,096 fills two cores, and more of them only take memory.
     few = max(1, ROWS * base // longest)
