@@ -12,12 +12,13 @@ front and cli (words become objects). Folders are rooms around it.
 from llama.cache import KVCache
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
-from llama.decoding import Event, Loop, NotFinite, QueueFull, Request
+from llama.decoding import Loop
+from llama.errors import LostRank, NotFinite, QueueFull
 from llama.front import load
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.parallel import LostRank
 from llama.prompts import Dialog, Message, Prompt
+from llama.requests import Event, Request
 from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
 

@@ -81,17 +81,9 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        n_layers: int,
-        n_kv_heads: int,
-        head_dim: int,
-        rows: int,
-        slots: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        bucket: int = 128,
-    ) -> None:
+        self, n_layers: int, n_kv_heads: int, head_dim: int, rows: int, slots: int, *,
+        dtype: torch.dtype, device: torch.device, bucket: int = 128,
+    ) -> None:  # fmt: skip
         shape = (rows, n_kv_heads, slots, head_dim)
         # Zeros, not empty: a masked slot has weight 0, and 0 x NaN would be NaN. And usable outside inference mode,
         # even if the first to need it was inside.
@@ -165,15 +157,19 @@ class KVCache:
 
     def copy_row_(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` slots of row `source` over row `target`, and what is known of them."""
-        for store in (*self.keys, *self.values):
+        if source == target:
+            return
+        for store in (*self.keys, *self.values) if length else ():
             store[target, :, :length] = store[source, :, :length]
         self.tokens[target] = self.tokens[source][:length]
         self.used[target] = self.used[source]
 
     def swap_rows_(self, one: int, other: int) -> None:
         """Two rows exchange what they are known to hold."""
+        if one == other:
+            return
         length = max(len(self.tokens[one]), len(self.tokens[other]))
-        for store in (*self.keys, *self.values):
+        for store in (*self.keys, *self.values) if length else ():
             kept = store[one, :, :length].clone()
             store[one, :, :length] = store[other, :, :length]
             store[other, :, :length] = kept

@@ -12,13 +12,10 @@ import dataclasses
 import importlib
 import json
 import os
-import pickle
 import re
 import tempfile
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,21 +27,13 @@ from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.parallel import Ranks, share
 from llama.rope import spectrum
+from llama.system import open_shard, read_params, read_plain, readable, require_memory, some_of
 
 CUT: dict[str, int | None] = {
     "tok_embeddings": 1,  # the hidden dimension, unlike Llama 3
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w1": 0,
-    "w2": 1,
-    "w3": 0,
-    "output": 0,
-    "attention_norm": None,  # whole in every shard
-    "ffn_norm": None,
-    "norm": None,
-}
+    "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0,
+    "attention_norm": None, "ffn_norm": None, "norm": None,  # whole in every shard
+}  # fmt: skip
 IGNORED = "rope.freqs"  # in some files, rounded to bfloat16 and sometimes of the wrong base
 
 
@@ -84,16 +73,6 @@ def pieces_of(
             pieces.append(part.narrow(dim, low, high - low))
         start -= part.shape[dim]
     return pieces, dim
-
-
-@contextmanager
-def readable() -> Iterator[None]:
-    """Makes a ValueError of what the system says of a file or a folder that can't be read."""
-    try:
-        yield
-    except OSError as error:
-        found = f"{error.filename or 'a file'} can't be read ({error.strerror or error})"
-        raise ValueError(f"{found}: check the path and its permissions") from error
 
 
 class Weights(Protocol):
@@ -225,29 +204,6 @@ def check_sizes(args: ModelArgs, names: Iterable[str], dim: int) -> None:
 
 
 @readable()
-def read_plain(path: Path, most: int = -1) -> bytes:
-    """The first bytes of a file, or all. ValueError where there is none, or another thing: a pipe is not opened, since
-    that may wait for ever."""
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "a pipe, a device or a broken link"
-        found = found if os.path.lexists(path) else "missing"
-        raise ValueError(f"{path} is {found}: it is a file in a download; copy or download it again")
-    with path.open("rb") as file:
-        return file.read(most)
-
-
-def read_params(path: Path) -> dict[str, Any]:
-    contents = read_plain(path)
-    try:
-        params = json.loads(contents.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds {type(params).__name__} instead of an object of sizes: download it again")
-    return params
-
-
-@readable()
 def _shard_paths(folder: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth … without a gap. Other files in the folder are none of ours."""
     found = {path.name for path in folder.iterdir()}
@@ -261,42 +217,6 @@ def _shard_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_shard(path: Path) -> dict[str, Tensor]:
-    head = read_plain(path, 64).lstrip()
-    size = path.stat().st_size
-    if head.startswith(b"<"):
-        raise ValueError(f"{path} is a web page, not a shard: the download link had expired; ask for a new one")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the shard itself: run `git lfs pull` in its repository")
-    try:
-        members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-        shard = torch.load(path, map_location="cpu", mmap=bool(members), weights_only=True)
-    except Exception as error:  # torch.load raises all kinds of them for damaged files
-        found = "can't be read, most likely an incomplete download: resume it, or delete the file and download it again"
-        if isinstance(error, pickle.UnpicklingError):
-            found = "is damaged, or loading it would run code: check it against checklist.chk, or take another source"
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{path} ({size:,} bytes) {found}. ({reason})") from error
-    entries: dict[str, Tensor] = shard if isinstance(shard, dict) else {type(shard).__name__: shard}
-    odd = [key for key, t in entries.items() if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta]
-    if odd or not all(isinstance(key, str) for key in entries):
-        raise ValueError(f"{path} holds no plain dictionary of dense tensors ({some_of(odd)}): take a published shard")
-    _check_members(path, members, entries)
-    return entries
-
-
-def _check_members(path: Path, members: list[zipfile.ZipInfo], shard: dict[str, Tensor]) -> None:
-    """Compares the tensors of a zip archive with what is stored, both in the order of the file: torch.load maps as many
-    bytes as a tensor has, even if they are compressed, belong to the next one, or lie beyond the end."""
-    storages = {(s := tensor.untyped_storage()).data_ptr(): (s.nbytes(), name) for name, tensor in shard.items()}
-    of_tensors = sorted((m for m in members if "/data/" in m.filename), key=lambda member: member.header_offset)
-    stored = [-1 if member.compress_type else member.file_size for member in of_tensors]
-    pairs = zip(sorted(storages.items()), stored, strict=False)
-    wrong = [name for (_, (nbytes, name)), size in pairs if nbytes != size]
-    if wrong:
-        raise ValueError(f"{path} holds {some_of(wrong)} compressed or cut short: download it, or save it, again")
-
-
 def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dtype) -> None:
     """Gives a model made on the meta device this rank's weights, in `dtype` on the rank's device.
 
@@ -305,7 +225,10 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     """
     if isinstance(checkpoint, Packed):
         return checkpoint.fill(model, ranks, dtype)
-    require_memory(model, ranks, dtype)
+    args = model.args
+    slots = args.max_batch_size * args.max_seq_len * args.n_layers * model.kv_heads * args.head_dim
+    weights_size = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    require_memory(weights_size, 2 * slots * dtype.itemsize, ranks.device)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = set(checkpoint.names())
     problems = [f"missing: {some_of(sorted(set(expected) - found))}"] if set(expected) - found else []
@@ -329,39 +252,6 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     model.requires_grad_(False)
 
 
-def require_memory(model: Transformer, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Raises ValueError where a model's weights and its cache are more than what is free on this rank's device, before
-    a byte is read. CODELLAMA_IGNORE_PLAN=1 lets everything pass. `codellama plan` counts the rest as well."""
-    args, free = model.args, free_memory(ranks.device)
-    weights = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-    slots = args.max_batch_size * args.max_seq_len
-    cache = 2 * args.n_layers * model.kv_heads * args.head_dim * slots * dtype.itemsize
-    if free is not None and weights + cache > free and not os.environ.get("CODELLAMA_IGNORE_PLAN"):
-        raise ValueError(
-            f"this needs {weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of KV cache on each rank, but "
-            f"{ranks.device} has {free / 1e9:.1f} GB free: lower max_batch_size or max_seq_len, or load in fewer bits "
-            "(llama.load(quantize=...)); `codellama plan` says what would fit"
-        )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this rank may still take; None where that can't be told. Ranks on a CPU share its memory."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to use again
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    available = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    return int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if available else None
-
-
-def some_of(names: Iterable[str], most: int = 6) -> str:
-    """The first names, for a message, and how many more there are."""
-    every = list(map(str, names))
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
-
-
 def split(weights: dict[str, Tensor], args: ModelArgs, n: int) -> list[dict[str, Tensor]]:
     """A whole model's weights as the `n` shards of as many ranks; ValueError where they can't be cut so."""
     sizes = args.n_kv_heads, args.head_dim
@@ -375,12 +265,9 @@ def merge(shards: list[dict[str, Tensor]], args: ModelArgs) -> dict[str, Tensor]
 
 
 def save(
-    ckpt_dir: str | os.PathLike[str],
-    args: ModelArgs,
-    weights: dict[str, Tensor],
-    n_shards: int = 1,
+    ckpt_dir: str | os.PathLike[str], args: ModelArgs, weights: dict[str, Tensor], n_shards: int = 1,
     tokenizer_path: str | os.PathLike[str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes a whole model's weights as a folder in the published format, cut into `n_shards` files.
 
     Everything is first written beside the folder and then moved into it, so an interruption leaves nothing that looks
@@ -401,18 +288,3 @@ def save(
         target.mkdir(exist_ok=True)
         for written in sorted(Path(scratch).iterdir()):
             os.replace(written, target / written.name)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """For files that appear whole or not at all: yields a temporary path beside `path`, in a folder that is made where
-    there is none; it takes the real name when the block ends, and is removed if the block fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, since a rename is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

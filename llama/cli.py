@@ -22,11 +22,11 @@ from fire.decorators import SetParseFns
 
 from llama import parallel
 from llama.checkpoint import open_checkpoint
-from llama.decoding import Event
 from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.model import Transformer
 from llama.prompts import Message, dialog, infilling
+from llama.requests import Event
 
 FILL = "<FILL>"
 PATHS = {"ckpt_dir": str, "tokenizer_path": str, "load_cache": str, "save_cache": str}  # not a number, were it 1e3

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, cast
+
+from llama.arguments import Range, checked
 
 RopeScaling = dict[str, Any]
 """A scheme of rope.py and its parameters: {"rope_type": "linear", "factor": 4.0}; the names are transformers'."""
 
 
-Range = tuple[type[int] | type[float], str, float, float]
-"""The values that a number may have: its kind, "at least" or "above", the lowest, the highest."""
 RANGES: dict[str, Range] = {
     "n_layers": (int, "at least", 1, 1000),  # a model of more would take minutes to be made, even without weights
     "norm_eps": (float, "above", 0, 1),
@@ -30,19 +29,6 @@ RANGES: dict[str, Range] = {
     ),
 }
 """Of each number of ModelArgs. What a number may be derived from stands before it."""
-
-
-def checked(name: str, value: Any, allowed: Range) -> Any:
-    """`value` as an int or a float. ValueError, which calls it `name`, where it is anything else or out of range.
-
-    256.0 is 256, since JSON has one kind of number; a string, a bool or null is no number.
-    """
-    kind, bound, low, high = allowed
-    inside = isinstance(value, Real) and not isinstance(value, bool) and low <= cast(float, value) <= high
-    if not inside or (bound == "above" and value == low) or (kind is int and value != int(value)):
-        number = f"{'whole ' if kind is int else ''}number, {bound} {low} and at most {high}"
-        raise ValueError(f"{name} is {value!r:.80}; give a {number}")
-    return kind(value)
 
 
 @dataclass

@@ -19,8 +19,9 @@ from llama.checkpoint import Weights
 from llama.config import RopeScaling
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.parallel import DTYPES, Ranks
+from llama.parallel import Ranks
 from llama.rope import SPECTRA
+from llama.system import DTYPES
 
 
 def load(

@@ -10,34 +10,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from llama import prompts as forms
+from llama.arguments import Stop, checked, listed, stops
 from llama.checkpoint import Weights, open_checkpoint
 from llama.checkpoint import load as load_plain
-from llama.config import RopeScaling, checked
-from llama.decoding import Allowed, Event, Loop, Request
+from llama.config import RopeScaling
+from llama.decoding import Loop
 from llama.model import Transformer
-from llama.parallel import Ranks, default_dtype, start
-from llama.prompts import (
-    UNSAFE_ERROR,
-    ChatPrediction,
-    CompletionPrediction,
-    Details,
-    Dialog,
-    InfillingPrediction,
-    Message,
-    Prompt,
-    check_dialog,
-    completion,
-    dialog,
-    has_special_tags,
-    infilling,
-)
+from llama.parallel import Ranks, start
+from llama.prompts import Details, Dialog, Message, Prompt
+from llama.requests import Allowed, Event, Request
 from llama.sampling import Sampling
+from llama.system import default_dtype
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,8 +34,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 """The small checkpoint that comes with the package."""
-Stop = str | int | Iterable[str | int] | None
-"""What ends an answer besides its own end: strings, wherever they fall among the tokens, and token ids."""
 Load = Callable[[Transformer, Weights, Ranks, torch.dtype], None]
 """Gives a model on the meta device its weights: `checkpoint.load`, or one that quantises them."""
 
@@ -74,15 +61,9 @@ class Llama:
     """A model and its tokenizer, ready to write."""
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        *,
-        ranks: Ranks | None = None,
-        seed: int = 1,
-        prefill_chunk: int = 512,
-        lookup: int = 0,
-    ) -> None:
+        self, model: Transformer, tokenizer: Tokenizer, *, ranks: Ranks | None = None, seed: int = 1,
+        prefill_chunk: int = 512, lookup: int = 0,
+    ) -> None:  # fmt: skip
         """`prefill_chunk` is the most prompt tokens that are read in one step: more is faster up to a point, takes more
         memory, and makes others wait longer. `seed` begins the series of seeds for calls that don't give their own.
         `lookup` is how many tokens are guessed at a time from what stands before (lookup.py): faster where code repeats
@@ -90,30 +71,19 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.ranks = ranks or start(device=model.norm.weight.device)
-        self.loop = Loop(model, tokenizer, self.ranks, chunk=prefill_chunk)
+        self.loop = Loop(model, self.ranks, chunk=prefill_chunk)
         self.lookup = lookup
         self._seeds = torch.Generator().manual_seed(seed)
 
     @classmethod
     def build(
-        cls,
-        ckpt_dir: str | Path | None = None,
-        tokenizer_path: str | Path | None = None,
-        max_seq_len: int = 512,
-        max_batch_size: int = 4,
-        model_parallel_size: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        seed: int = 1,
-        rope_theta: float | None = None,
-        rope_scaling: RopeScaling | None = None,
-        prefill_chunk: int = 512,
-        lookup: int = 0,
-        timeout: float = 60.0,
-        load: Load = load_plain,
-        prepare: Callable[[Transformer, Ranks], object] | None = None,
-    ) -> Llama:
+        cls, ckpt_dir: str | Path | None = None, tokenizer_path: str | Path | None = None, max_seq_len: int = 512,
+        max_batch_size: int = 4, model_parallel_size: int | None = None, *,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, seed: int = 1,
+        rope_theta: float | None = None, rope_scaling: RopeScaling | None = None,
+        prefill_chunk: int = 512, lookup: int = 0, timeout: float = 60.0,
+        load: Load = load_plain, prepare: Callable[[Transformer, Ranks], object] | None = None,
+    ) -> Llama:  # fmt: skip
         """Reads a checkpoint folder (default: the embedded one) onto this process, or onto the ranks of torchrun.
 
         The cache holds `max_batch_size` rows of `max_seq_len` tokens, prompt and answer together. `model_parallel_size`
@@ -158,15 +128,9 @@ class Llama:
     # Tokens ----------------------------------------------------------------------------------------------------------
 
     def stream(
-        self,
-        prompts: Iterable[Prompt | str | Sequence[int]],
-        max_gen_len: int | None = None,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        *,
-        logprobs: bool | int = False,
-        **settings: Unpack[Settings],
-    ) -> Iterator[Event]:
+        self, prompts: Iterable[Prompt | str | Sequence[int]], max_gen_len: int | None = None,
+        temperature: float = 0.6, top_p: float = 0.9, *, logprobs: bool | int = False, **settings: Unpack[Settings],
+    ) -> Iterator[Event]:  # fmt: skip
         """Writes an answer to each prompt (a Prompt, a text, or ids) and yields what is certain of it as it comes.
 
         `max_gen_len` (default: all that max_seq_len has room for) limits each answer. More prompts than max_batch_size
@@ -175,24 +139,18 @@ class Llama:
         model runs, for a prompt that is empty or longer than max_seq_len and for settings that can't be; later
         QueueFull, NotFinite and LostRank.
         """
-        asked = [self._prompt(row, prompt) for row, prompt in enumerate(_listed("prompts", prompts))]
+        asked = [self._prompt(row, prompt) for row, prompt in enumerate(listed("prompts", prompts))]
         told = None if logprobs is False else int(logprobs is not True and logprobs)
         return self.loop.run(self._requests(asked, max_gen_len, temperature, top_p, told, False, settings))
 
     def _requests(
-        self,
-        asked: Sequence[Prompt],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: int | None,
-        score: bool,
-        settings: Settings,
-    ) -> list[Request]:
+        self, asked: Sequence[Prompt], max_gen_len: int | None, temperature: float, top_p: float,
+        logprobs: int | None, score: bool, settings: Settings,
+    ) -> list[Request]:  # fmt: skip
         if not asked:
             raise ValueError("there is nothing to answer: give at least one prompt")
         rest: dict[str, Any] = dict(settings)
-        seed, stop = rest.pop("seed", None), _stops(rest.pop("stop", ()))
+        seed, stop = rest.pop("seed", None), stops(rest.pop("stop", ()))
         reuse, allowed = bool(rest.pop("reuse", True)), rest.pop("allowed", None)
         if max_gen_len is not None:
             max_gen_len = checked("max_gen_len", max_gen_len, (int, "at least", 0, 2**31 - 1))
@@ -213,7 +171,7 @@ class Llama:
 
     def _prompt(self, row: int, prompt: Prompt | str | Sequence[int]) -> Prompt:
         if isinstance(prompt, str):
-            return completion(self.tokenizer, prompt)
+            return forms.completion(self.tokenizer, prompt)
         if isinstance(prompt, Prompt):
             return prompt
         try:
@@ -237,7 +195,7 @@ class Llama:
         A text is encoded as a prompt to complete, so its first token is bos. Scores are computed a chunk at a time, so
         memory does not grow with the length.
         """
-        asked = [self._prompt(row, text) for row, text in enumerate(_listed("texts", texts))]
+        asked = [self._prompt(row, text) for row, text in enumerate(listed("texts", texts))]
         if not asked:
             return []
         requests = self._requests(asked, 0, 0.0, 1.0, None, True, {})
@@ -250,22 +208,16 @@ class Llama:
         return Details(tokens=pieces, logprobs=list(request.prompt_logprobs))
 
     def generate(
-        self,
-        prompt_tokens: Iterable[Sequence[int]],
-        max_gen_len: int | None = None,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        logprobs: bool = False,
-        echo: bool = False,
-        stop_token: int | None = None,
+        self, prompt_tokens: Iterable[Sequence[int]], max_gen_len: int | None = None, temperature: float = 0.6,
+        top_p: float = 0.9, logprobs: bool = False, echo: bool = False, stop_token: int | None = None,
         **settings: Unpack[Settings],
-    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+    ) -> tuple[list[list[int]], list[list[float | None]] | None]:  # fmt: skip
         """Ids that continue each prompt, up to eos or `stop_token`, and on request their log-probabilities.
 
         With `echo` both begin with the prompt's own; the first token's log-probability is None. Arguments and errors
         are those of `stream`.
         """
-        asked = [self._prompt(row, tokens) for row, tokens in enumerate(_listed("prompt_tokens", prompt_tokens))]
+        asked = [self._prompt(row, tokens) for row, tokens in enumerate(listed("prompt_tokens", prompt_tokens))]
         ends = frozenset({self.tokenizer.eos_id} if stop_token is None else {self.tokenizer.eos_id, stop_token})
         asked = [Prompt(prompt.tokens, ends) for prompt in asked]
         results, details = self._collect(asked, max_gen_len, temperature, top_p, logprobs, echo, settings)
@@ -273,15 +225,9 @@ class Llama:
         return tokens, [d["logprobs"] for d in details] if logprobs else None
 
     def _collect(
-        self,
-        asked: Sequence[Prompt],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-        settings: Settings,
-    ) -> tuple[list[Event], list[Details]]:
+        self, asked: Sequence[Prompt], max_gen_len: int | None, temperature: float, top_p: float, logprobs: bool,
+        echo: bool, settings: Settings,
+    ) -> tuple[list[Event], list[Details]]:  # fmt: skip
         """All events of each prompt in one, and what its prediction holds more with `logprobs`; those of an echoed
         prompt come first."""
         told = 0 if logprobs else None
@@ -304,50 +250,38 @@ class Llama:
     # Jobs ------------------------------------------------------------------------------------------------------------
 
     def text_completion(
-        self,
-        prompts: Iterable[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
-        **settings: Unpack[Settings],
-    ) -> list[CompletionPrediction]:
+        self, prompts: Iterable[str], temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
+        logprobs: bool = False, echo: bool = False, **settings: Unpack[Settings],
+    ) -> list[forms.CompletionPrediction]:  # fmt: skip
         """Continues each text: `generation`, `finish_reason`, and with `logprobs` the `tokens` and their `logprobs`.
 
         `echo` puts the prompt before all of these. Arguments and errors are those of `stream`.
         """
-        texts = _texts("prompts", prompts)
-        asked = [completion(self.tokenizer, text) for text in texts]
+        texts = listed("prompts", prompts, str)
+        asked = [forms.completion(self.tokenizer, text) for text in texts]
         found = self._collect(asked, max_gen_len, temperature, top_p, logprobs, echo, settings)
         return [
-            CompletionPrediction(
+            forms.CompletionPrediction(
                 generation=(text if echo else "") + result.text, finish_reason=result.finish_reason, **details
             )
             for text, result, details in zip(texts, *found, strict=True)
         ]
 
     def text_infilling(
-        self,
-        prefixes: Iterable[str],
-        suffixes: Iterable[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        suffix_first: bool = False,
+        self, prefixes: Iterable[str], suffixes: Iterable[str], temperature: float = 0.6, top_p: float = 0.9,
+        max_gen_len: int | None = None, logprobs: bool = False, suffix_first: bool = False,
         **settings: Unpack[Settings],
-    ) -> list[InfillingPrediction]:
+    ) -> list[forms.InfillingPrediction]:  # fmt: skip
         """Writes what stands between each prefix and suffix: `generation`, `full_text` with all three parts, and as
         `text_completion`. `suffix_first` asks in SPM order. ValueError where the checkpoint has no infilling marks."""
-        prefixes, suffixes = _texts("prefixes", prefixes), _texts("suffixes", suffixes)
+        prefixes, suffixes = listed("prefixes", prefixes, str), listed("suffixes", suffixes, str)
         if len(prefixes) != len(suffixes):
             raise ValueError(f"{len(prefixes)} prefixes and {len(suffixes)} suffixes: give as many of both")
         parts = list(zip(prefixes, suffixes, strict=True))
-        asked = [infilling(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in parts]
+        asked = [forms.infilling(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in parts]
         found = self._collect(asked, max_gen_len, temperature, top_p, logprobs, False, settings)
         return [
-            InfillingPrediction(
+            forms.InfillingPrediction(
                 generation=result.text,
                 full_text=prefix + result.text + suffix,
                 finish_reason=result.finish_reason,
@@ -357,33 +291,31 @@ class Llama:
         ]
 
     def chat_completion(
-        self,
-        dialogs: Iterable[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        **settings: Unpack[Settings],
-    ) -> list[ChatPrediction]:
+        self, dialogs: Iterable[Dialog], temperature: float = 0.6, top_p: float = 0.9,
+        max_gen_len: int | None = None, logprobs: bool = False, **settings: Unpack[Settings],
+    ) -> list[forms.ChatPrediction]:  # fmt: skip
         """Answers each dialog: `generation` is the assistant's message, the rest as `text_completion`.
 
         A dialog that contains special tags is not answered: its message is UNSAFE_ERROR, its finish_reason "refused".
         ValueError that names the dialog where the roles don't alternate or it does not end with the user.
         """
         asked: dict[int, Prompt] = {}
-        given = _listed("dialogs", dialogs)
+        given = listed("dialogs", dialogs)
         for i, messages in enumerate(given):
             if isinstance(messages, (Mapping, str)):
                 raise ValueError("dialogs is one dialog, or something else; give a list of dialogs, each of messages")
             try:
-                check_dialog(messages)
-                if not has_special_tags(messages):
-                    asked[i] = dialog(self.tokenizer, messages)
+                forms.check_dialog(messages)
+                if not forms.has_special_tags(messages):
+                    asked[i] = forms.dialog(self.tokenizer, messages)
             except ValueError as error:
                 raise ValueError(f"dialog {i}: {error}") from error
         if not given:
             raise ValueError("there are no dialogs: give at least one")
-        refused = Event(-1, [], UNSAFE_ERROR, [], "refused"), Details(tokens=[], logprobs=[]) if logprobs else Details()
+        refused = (
+            Event(-1, [], forms.UNSAFE_ERROR, [], "refused"),
+            Details(tokens=[], logprobs=[]) if logprobs else Details(),
+        )
         seed = settings.get("seed")
         if isinstance(seed, Iterable):
             seeds = list(seed)
@@ -393,36 +325,10 @@ class Llama:
             answered = self._collect([*asked.values()], max_gen_len, temperature, top_p, logprobs, False, settings)
             found = dict(zip(asked, zip(*answered, strict=True), strict=True))
         return [
-            ChatPrediction(
+            forms.ChatPrediction(
                 generation=Message(role="assistant", content=result.text, destination="user"),
                 finish_reason=result.finish_reason,
                 **details,
             )
             for result, details in (found.get(i, refused) for i in range(len(given)))
         ]
-
-
-def _listed(name: str, values: Iterable[Any]) -> list[Any]:
-    """What is iterated over once; ValueError for a single text, whose letters would be taken one by one."""
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} is {values!r:.80}; give a list")
-    return list(values)
-
-
-def _texts(name: str, values: Iterable[str]) -> list[str]:
-    texts = _listed(name, values)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name} {i} is {text!r:.80}; give a list of texts")
-    return texts
-
-
-def _stops(stop: Stop) -> tuple[str | int, ...]:
-    """Whatever is said of `stop`, as strings and ids."""
-    given = (stop,) if isinstance(stop, (str, bytes)) or not isinstance(stop, Iterable) else stop
-    ends: list[str | int] = []
-    for s in given if stop is not None else ():
-        if not isinstance(s, (str, Integral)):
-            raise ValueError(f"stop has {s!r:.80}; give a text, a token's id, or a list of such")
-        ends.append(s if isinstance(s, str) else int(s))
-    return tuple(ends)

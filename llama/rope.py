@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.config import RANGES, Range, RopeScaling, checked
+from llama.arguments import Range, checked
+from llama.config import RANGES, RopeScaling
 
 
 class Spectrum(NamedTuple):
@@ -50,8 +51,8 @@ def ntk(head_dim: int, theta: float, length: int, *, factor: float) -> Spectrum:
 
 
 def dynamic(
-    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int
-) -> Spectrum:
+    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int,
+) -> Spectrum:  # fmt: skip
     """NTK-aware scaling whose base grows with the length l: theta·(s·l/L - (s-1))^(D/(D-2)) where l > L
     (arXiv 2309.00071, section 3.3).
 
@@ -63,15 +64,9 @@ def dynamic(
 
 
 def ntk_by_parts(
-    head_dim: int,
-    theta: float,
-    length: int,
-    *,
-    factor: float,
-    original_max_position_embeddings: int,
-    alpha: float = 1.0,
-    beta: float = 32.0,
-) -> Spectrum:
+    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int,
+    alpha: float = 1.0, beta: float = 32.0,
+) -> Spectrum:  # fmt: skip
     """By the number of turns r = L/wavelength that a pair makes within the trained context L: w/s below `alpha`, w
     above `beta`, the mix linear in r between (arXiv 2309.00071, section 3.2)."""
     if not alpha < beta:
@@ -83,19 +78,10 @@ def ntk_by_parts(
 
 
 def yarn(
-    head_dim: int,
-    theta: float,
-    length: int,
-    *,
-    factor: float,
-    original_max_position_embeddings: int,
-    attention_factor: float | None = None,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    mscale: float | None = None,
-    mscale_all_dim: float | None = None,
-    truncate: bool = True,
-) -> Spectrum:
+    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int,
+    attention_factor: float | None = None, beta_fast: float = 32.0, beta_slow: float = 1.0,
+    mscale: float | None = None, mscale_all_dim: float | None = None, truncate: bool = True,
+) -> Spectrum:  # fmt: skip
     """YaRN as released: pairs that turn more than `beta_fast` times within the trained context keep their frequency,
     those that turn less than `beta_slow` times are interpolated, with a ramp linear in the pair's index between
     (arXiv 2309.00071, section 3.2; the paper's own equation is `yarn_paper`).
@@ -123,16 +109,9 @@ def yarn(
 
 
 def yarn_paper(
-    head_dim: int,
-    theta: float,
-    length: int,
-    *,
-    factor: float,
-    original_max_position_embeddings: int,
-    attention_factor: float | None = None,
-    alpha: float = 1.0,
-    beta: float = 32.0,
-) -> Spectrum:
+    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int,
+    attention_factor: float | None = None, alpha: float = 1.0, beta: float = 32.0,
+) -> Spectrum:  # fmt: skip
     """YaRN as the paper has it: `ntk_by_parts`, whose ramp is linear in the number of turns, and the temperature
     0.1·ln(s) + 1 (arXiv 2309.00071, sections 3.2 and 3.4). Every released implementation has the other ramp."""
     trained = original_max_position_embeddings
@@ -147,16 +126,9 @@ def _temperature(factor: float, mscale: float = 1.0) -> float:
 
 
 def longrope(
-    head_dim: int,
-    theta: float,
-    length: int,
-    *,
-    short_factor: Sequence[float],
-    long_factor: Sequence[float],
-    factor: float,
-    original_max_position_embeddings: int,
-    attention_factor: float | None = None,
-) -> Spectrum:
+    head_dim: int, theta: float, length: int, *, short_factor: Sequence[float], long_factor: Sequence[float],
+    factor: float, original_max_position_embeddings: int, attention_factor: float | None = None,
+) -> Spectrum:  # fmt: skip
     """LongRoPE: each pair has a divisor of its own, found by search, and another beyond the trained context L; cos and
     sin are scaled by sqrt(1 + ln s / ln L) (arXiv 2402.13753, and its released code)."""
     for factors in (short_factor, long_factor):
@@ -170,15 +142,9 @@ def longrope(
 
 
 def llama3(
-    head_dim: int,
-    theta: float,
-    length: int,
-    *,
-    factor: float,
-    original_max_position_embeddings: int,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
-) -> Spectrum:
+    head_dim: int, theta: float, length: int, *, factor: float, original_max_position_embeddings: int,
+    low_freq_factor: float = 1.0, high_freq_factor: float = 4.0,
+) -> Spectrum:  # fmt: skip
     """Llama 3.1's: `ntk_by_parts` that keeps pairs from `high_freq_factor` turns on, 4 instead of 32
     (arXiv 2407.21783, section 3.4.2, and its model code)."""
     if not low_freq_factor < high_freq_factor:

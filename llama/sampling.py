@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.config import Range, checked
+from llama.arguments import Range, checked
 
 NOT_FINITE = -1
 """In place of a token: a logit is NaN or infinite, so that there is nothing to choose from."""
@@ -103,14 +103,10 @@ class Batch:
     """The settings of B rows as tensors. They are made when rows change, and used until they change again."""
 
     def __init__(
-        self,
-        settings: Sequence[Sampling],
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]],
-        vocabulary: int,
-        device: torch.device,
+        self, rows: Sequence[tuple[Sampling, Sequence[int], Sequence[int]]], vocabulary: int, device: torch.device
     ) -> None:
-        """`prompts` and `answers` are the tokens that penalties count, of each row."""
+        """Of each row the settings, and what penalties count: the prompt's tokens and the answer's so far."""
+        settings = [sampling for sampling, _, _ in rows]
         self._greedy = [s.temperature == 0 for s in settings]
         drawn = [s for s in settings if s.temperature > 0]
         self._cuts, self._cuts_min = any(s.top_p < 1 or s.top_k for s in drawn), any(s.min_p for s in drawn)
@@ -124,11 +120,10 @@ class Batch:
         self._bias: Tensor | None = None
         if any(s.has_penalties for s in settings):
             counts = torch.zeros(2, len(settings), 1, vocabulary, device="cpu")
-            for which, sequences in enumerate((prompts, answers)):
-                for row, tokens in enumerate(sequences):
-                    counts[which, row, 0] = torch.bincount(
-                        torch.tensor(tokens, dtype=torch.int64), minlength=vocabulary
-                    )
+            for row, (_, *both) in enumerate(rows):
+                for which, tokens in enumerate(both):
+                    ids = torch.tensor(tokens, dtype=torch.int64, device="cpu")
+                    counts[which, row, 0] = torch.bincount(ids, minlength=vocabulary)
             self._in_prompt, self._counts = counts.to(device)
         if any(s.logit_bias for s in settings):
             bias = torch.zeros(len(settings), 1, vocabulary, device="cpu")

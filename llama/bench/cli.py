@@ -47,7 +47,8 @@ from llama.generation import EMBEDDED, Llama
 from llama.interop.huggingface import to_config
 from llama.interop.names import ROTATED, to_halves, to_huggingface
 from llama.model import Transformer
-from llama.parallel import DTYPES, start
+from llama.parallel import start
+from llama.system import DTYPES
 
 MEASURES = ("decode", "loop", "prefill", "first_token", "load", "memory")
 LONG = 16384  # tokens of the prompt that --long adds

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama.checkpoint import replacing
 from llama.generation import Llama
+from llama.system import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,9 +27,10 @@ GIVES_FLOAT32 = hasattr(torch.ops.aten.bmm, "dtype")
 def attend(q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
     """softmax(q·k / sqrt(D))·v: q (B, H, T, D), keys and values (B, K, S, D) to (B, H, T, D)."""
     B, _, T, _ = q.shape
-    if T > 1 and not torch.compiler.is_compiling() and prompt.quickest(q):
+    compiling = torch.compiler.is_compiling()  # which can't look into what asks for the processor's features
+    if T > 1 and not compiling and prompt.quickest(q):
         return prompt.attend(q, keys, values, span.positions[:, 0].expand(B))
-    if T > 1 or (q.is_cpu and q.dtype == torch.bfloat16 and not multiplies_bfloat16()):
+    if T > 1 or (q.is_cpu and q.dtype == torch.bfloat16 and (compiling or not multiplies_bfloat16())):
         return scaled_dot_product(q, keys, values, span)
     if span.start is None:  # rows at positions of their own
         return _decode(q, keys, values, span.mask)

@@ -18,11 +18,11 @@ import torch
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from llama.checkpoint import some_of
 from llama.config import ModelArgs
 from llama.interop.layout import Shape, args_of, read_json, shard_shapes, whole_shapes
 from llama.interop.names import to_huggingface
 from llama.interop.stored import AGAIN, Fault, Stored, look_through, read_header
+from llama.system import some_of
 from llama.tokenizer import Tokenizer
 
 CHECKLIST = "checklist.chk"

@@ -29,14 +29,14 @@ from fire.decorators import SetParseFns
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint import Checkpoint, Weights, open_checkpoint, pieces_of, some_of
+from llama.checkpoint import Checkpoint, Weights, open_checkpoint, pieces_of
 from llama.config import ModelArgs
 from llama.interop.gguf import QUANTS, write_gguf
 from llama.interop.huggingface import HuggingFace, to_config, trained_context, write_json
 from llama.interop.layout import shard_shapes, whole_shapes
 from llama.interop.names import ROTATED, to_halves, to_huggingface
 from llama.interop.tokenizer import write_tokenizer
-from llama.parallel import DTYPES
+from llama.system import DTYPES, some_of
 
 FILE_BYTES = 5_000_000_000
 """The most that a safetensors file of a Hugging Face folder holds; a single larger tensor has a file of its own."""

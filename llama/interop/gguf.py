@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.arguments import checked
 from llama.checkpoint import check_sizes, check_weight, recut
-from llama.config import RANGES, ModelArgs, RopeScaling, checked
+from llama.config import RANGES, ModelArgs, RopeScaling
 from llama.rope import spectrum
 
 _NAMES = {

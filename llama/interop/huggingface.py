@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint import check_sizes, check_weight, open_shard, read_params, read_plain, recut, some_of
-from llama.config import RANGES, ModelArgs, RopeScaling, checked
+from llama.arguments import checked
+from llama.checkpoint import check_sizes, check_weight, recut
+from llama.config import RANGES, ModelArgs, RopeScaling
 from llama.interop.names import ROTATED, to_huggingface, to_meta, to_pairs
+from llama.system import open_shard, read_params, read_plain, some_of
 
 Read = Callable[[], Tensor]
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files; what it held follows from config.json

@@ -33,7 +33,7 @@ from llama.config import ModelArgs
 from llama.generation import EMBEDDED, Llama
 from llama.interop.layout import whole_shapes
 from llama.interop.memory import Device, Settings, plan
-from llama.parallel import DTYPES
+from llama.system import DTYPES
 from llama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]  # from where `-m llama…` finds this very package
@@ -61,11 +61,14 @@ def make(shape: str, folder: Path, dtype: torch.dtype) -> Path:
 
 
 def fill(llama: Llama) -> None:
-    """Reads as many rows and tokens as the cache has room for, but for a short answer, and writes that."""
-    args = llama.model.args
+    """Reads as many rows and tokens as the cache has room for, but for a short answer, and writes that. Then two of
+    the prompts come again with other ends, of half a chunk each, so that these are read side by side."""
+    args, half = llama.model.args, llama.loop.chunk // 2
     prompts = torch.randint(3, args.vocab_size, (args.max_batch_size, args.max_seq_len - ANSWER)).tolist()
-    for _ in llama.stream(prompts, ANSWER, seed=1):
-        pass
+    again = [[*prompt[: -half - i], 2, *prompt[1 - half :]] for i, prompt in enumerate(prompts[:2])]
+    for asked in (prompts, again) if args.max_batch_size > 1 and half > 1 else (prompts,):
+        for _ in llama.stream(asked, ANSWER, seed=1):
+            pass
 
 
 @SetParseFns(folder=str)  # type: ignore[untyped-decorator]

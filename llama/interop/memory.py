@@ -6,7 +6,7 @@ And *activations*, which come and go. Their peak is the largest of a few moments
 before the next one's come. With n = B·T new tokens, e bytes a number, d = dim, f = hidden_dim / ranks, q = H·D and
 k = K·D of this rank, s = n·d·e (one stream), and w = 4 where e is 2, else 0 (a copy in float32):
 
-    held throughout   mask T·S·e, rotations 4·T·D, and while there are chunks to come the last one's n·d·e
+    held throughout   mask T·S·e, rotations 4·T·D; both B times where rows stand at different positions
     turning k         2s + n·e·(2q + 2k) + n·k·(w + 8)     x, its norm, q old and new, k, v; pairs in float32
     turning q         2s + n·e·(q + 2k) + n·q·(w + 8)
     attention         2s + n·e·(q + 2k) + n·e·q            and the result; with grouped heads again, put in order
@@ -18,14 +18,15 @@ that are made of one layer's bytes at a time: 2·S·k·e more in the moment of a
 
 On a CPU with AMX a prompt's attention in bfloat16 has copies of keys and values besides, 2·S·q·e / T with q's heads.
 
-With grouped heads and several rows attention has q once more, and in decode, where each row has a mask of its own, the
-mask once more for each kv head.
+With grouped heads and several rows attention has q once more, and where each row has a mask of its own, the mask once
+more for each kv head.
 
-The kernel is PyTorch's scaled_dot_product_attention, which keeps no (T, S) scores; only the mask is that large, and
-only where something stands before the chunk. Prefill is all this with T = the chunk, and the scores of the last
-positions; decode with T = 1, and the sampling of B·V float32 scores, which at its worst (a nucleus) has ten such arrays
-at once, 40 bytes a score. A step reads a chunk of one row, or of several that are no more tokens together, and never
-while it decodes. The largest of these moments, not their sum, is added to what stays. `Llama.score`
+The kernel is PyTorch's scaled_dot_product_attention, which keeps no (T, S) scores. Only the mask is that large. There
+is none where nothing stands before the new tokens, and none in decode where all rows stand at the same position. A step
+reads a chunk of one row, or pieces of several rows that are no more tokens together, and then decodes. So prefill is
+all this with B = 1 and T = the chunk, or with B = 2 and T = half of it, and the logits of the last positions. Decode is
+all this with T = 1, and the sampling from B·V float32 logits, which at its worst (a nucleus) has 41 bytes a logit and
+the ranks of the vocabulary (8·V). The largest of these moments, not their sum, is added to what stays. `Llama.score`
 (log-probabilities of a prompt) is not planned: it takes about 16 bytes x chunk x V more.
 """
 
@@ -59,6 +60,9 @@ bytes. With 4 bits the output layer is kept in int8."""
 Device = Literal["cuda", "cpu"]
 WORKSPACE = 32 * 2**20
 """What cuBLAS takes through PyTorch's allocator, on Hopper; 8 MiB on older GPUs."""
+HOST_TOKEN = 32 + 3 * 8
+"""Bytes of a token's id in the host's memory: a Python integer, and its place in the lists of the prompt, of the request
+and of the cache."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +123,18 @@ def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
     kv_heads = max(1, args.n_kv_heads // ranks)
     chunk = min(settings.prefill_chunk, slots)
     rest = slots % chunk
-    # The last whole chunk, of one row, and what follows it. Short prompts side by side are no more tokens.
-    whole = activation_bytes(args, settings, 1, chunk, slots - rest)
-    reading = max(whole, activation_bytes(args, settings, 1, rest, slots) if rest else 0)
+    # The last whole chunk of one row, what follows it, and two rows side by side, one of them at the cache's end.
+    reading = activation_bytes(args, settings, 1, chunk, slots - rest)
+    if rest:
+        reading = max(reading, activation_bytes(args, settings, 1, rest, slots))
+    if rows > 1 and chunk > 1:
+        reading = max(reading, activation_bytes(args, settings, 2, chunk // 2, slots, aligned=False))
     workspace = WORKSPACE if settings.device == "cuda" else 0
-    # A prompt's ids as a tensor, and where the memory is the same, as a list of Python's integers and its padded copy.
-    ids = rows * slots * (8 if settings.device == "cuda" else 8 + 32 + 2 * 8)
+    ids = 8 * chunk + (rows * slots * HOST_TOKEN if settings.device == "cpu" else 0)
+    step = activation_bytes(args, settings, rows, 1, slots, aligned=rows == 1)
     vocabulary = args.vocab_size * (width + (width + width // ranks) * (ranks > 1) + 4 * (width < 4))
     stream = args.dim * width
-    # The last chunk's hidden states, of each row its last one, twice, and the scores.
+    # The last chunk's hidden states, of each row its last one, twice, and the logits.
     last = chunk * stream + rows * (2 * stream + vocabulary)
     return Plan(
         args=args,
@@ -138,7 +145,7 @@ def plan(args: ModelArgs, settings: Settings | None = None) -> Plan:
         # The angles, and in turn cos, sin and their scaled copies, in float64.
         making_tables=slots * half * 32 if settings.device == "cpu" else 0,
         prefill=workspace + ids + max(reading, last),
-        decode=workspace + max(activation_bytes(args, settings, rows, 1, slots), 40 * rows * args.vocab_size),
+        decode=workspace + max(step, (41 * rows + 8) * args.vocab_size),
     )
 
 
@@ -168,27 +175,27 @@ def _attention_packs(settings: Settings) -> bool:
     return settings.device == "cpu" and settings.dtype == torch.bfloat16 and tiles
 
 
-def activation_bytes(args: ModelArgs, settings: Settings, rows: int, T: int, S: int) -> int:
-    """The peak within one layer for T new tokens of each row that see up to S slots: the formulas above."""
+def activation_bytes(
+    args: ModelArgs, settings: Settings, rows: int, T: int, S: int, *, aligned: bool = True
+) -> int:
+    """The peak within one layer for T new tokens of each row that see up to S slots: the formulas above. `aligned`
+    rows stand at the same position."""
     ranks, e, D = settings.model_parallel_size, settings.dtype.itemsize, args.head_dim
     n, heads, kv_heads = rows * T, args.n_heads // ranks, max(1, args.n_kv_heads // ranks)
     q, k, hidden = n * heads * D, n * kv_heads * D, n * args.hidden_dim // ranks
     stream, wide = n * args.dim * e, 4 if e < 4 else 0
-    grouped = kv_heads < heads
-    aligned = T > 1  # the chunks of a prefill begin at the same position in every row
-    square = T == S and aligned
-    mask_rows = 1 if aligned else rows
-    mask = 0 if square else mask_rows * T * S * e
-    copied_mask = mask * kv_heads if grouped and not aligned and rows > 1 else 0
-    attended = q * e * (1 + grouped + (grouped and rows > 1)) + copied_mask
-    making_mask = 0 if square else mask_rows * T * S
+    grouped, several = kv_heads < heads, rows > 1
+    positions = T if aligned else n
+    masked = 0 if aligned and T in (1, S) else positions * S
+    copied_mask = masked * e * kv_heads if grouped and not aligned and several else 0
+    attended = q * e * (1 + grouped + (grouped and several)) + copied_mask
     floats = 2 * rows * S * kv_heads * D * e if settings.kv_dtype == torch.int8 else 0
     packed = 2 * rows * S * heads * D * e if T > 1 and _attention_packs(settings) else 0
-    held = stream * (S > T > 1) + mask_rows * T * D * 4 + mask
+    held = positions * D * 4 + masked * e
     moments = (
         2 * stream + e * (2 * q + 2 * k) + k * (wide + 8),
         2 * stream + e * (q + 2 * k) + q * (wide + 8),
-        2 * stream + e * (q + 2 * k) + floats + max(attended + packed, making_mask),
+        2 * stream + e * (q + 2 * k) + floats + max(attended + packed, masked),  # the mask is made of booleans
         3 * stream + 3 * hidden * e,
         2 * stream + n * args.dim * (8 if e == 4 else 8 + 2 * e),
     )

@@ -18,11 +18,12 @@ from typing import Any, cast
 import torch
 from fire.decorators import SetParseFns
 
-from llama.checkpoint import Weights, free_memory
+from llama.checkpoint import Weights
 from llama.config import PRESETS, ModelArgs
 from llama.interop.layout import read_args
 from llama.interop.memory import Device, Plan, Settings, plan
-from llama.parallel import DTYPES, Ranks
+from llama.parallel import Ranks
+from llama.system import DTYPES, free_memory
 
 USABLE = 0.95
 """Of a device's memory. The rest is left to the driver's own needs, to gaps between blocks, and to a plan's error."""

@@ -46,8 +46,8 @@ from llama.evals.table import render
 from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.longcontext.perplexity import listed, read_texts
-from llama.parallel import DTYPES
 from llama.prompts import Prompt
+from llama.system import DTYPES
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -39,10 +39,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama.cache import KVCache
-from llama.checkpoint import replacing
 from llama.generation import Llama
 from llama.parallel import Ranks
 from llama.rope import spectrum
+from llama.system import replacing
 
 FORMAT = "codellama cache 1"
 WHOLE = 2**28

@@ -28,7 +28,6 @@ import torch
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from llama.checkpoint import replacing
 from llama.cli import PATHS
 from llama.config import RopeScaling
 from llama.evals.batches import batches
@@ -51,6 +50,7 @@ from llama.longcontext.perplexity import (
 from llama.longcontext.spectra import parameters
 from llama.model import Transformer
 from llama.rope import Spectrum, spectrum
+from llama.system import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

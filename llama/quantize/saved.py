@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint import CUT, Checkpoint, Weights, open_checkpoint, recut, some_of
+from llama.checkpoint import CUT, Checkpoint, Weights, open_checkpoint, recut
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.parallel import Ranks
 from llama.quantize.operators import Stored
 from llama.quantize.schemes import Scheme, for_weight, scheme_of
+from llama.system import some_of
 
 ENTRY = "quantization"
 """Of params.json, in a quantised folder."""
@@ -215,7 +216,9 @@ def _checked_shapes(weights: Weights, args: ModelArgs) -> dict[str, tuple[int, .
 def _check_room(
     folder: Path, weights: Weights, args: ModelArgs, shapes: dict[str, tuple[int, ...]], scheme: Scheme
 ) -> None:
-    bits = scheme.bits(scheme.quantize(torch.zeros(1, 1024, device="cpu")))  # of rows as long as this, which says it nearly
+    bits = scheme.bits(
+        scheme.quantize(torch.zeros(1, 1024, device="cpu"))
+    )  # of rows as long as this, which says it nearly
     width = weights.tensor("norm.weight", args).dtype.itemsize
     bytes_ = sum(prod(shape) * (bits / 8 if is_linear(name) else width) for name, shape in shapes.items())
     needed, free = int(2 * bytes_), shutil.disk_usage(folder).free

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 from llama.train.collection import TOTALS
 from llama.train.stages import STAGES, Result, Run
 

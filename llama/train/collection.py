@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 from llama.train.corpus import Source, read_corpus
 from llama.train.duplicates import Duplicates
 from llama.train.filtering import choose, is_test

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 
 _WINDOW = 20
 """Steps that a point of the training loss is the mean of."""

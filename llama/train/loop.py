@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 from llama.train.sequences import PADDING, Rows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fire.decorators import SetParseFns
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 from llama.train.loop import Workers
 from llama.train.stages import SHAPES, STAGES, results, start_run, train_stage
 

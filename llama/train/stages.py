@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, load, replacing, save
+from llama.checkpoint import Checkpoint, load, save
 from llama.config import ModelArgs
 from llama.model import Transformer
+from llama.system import replacing
 from llama.tokenizer import Tokenizer
 from llama.train.attention import causal_attention
 from llama.train.collection import TOTALS, read_documents

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 from llama.train.sequences import Rows
 
 Facts = dict[str, Any]

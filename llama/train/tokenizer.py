@@ -16,7 +16,7 @@ from typing import Any
 
 import sentencepiece
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 
 try:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]

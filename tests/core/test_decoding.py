@@ -22,9 +22,9 @@ from fixtures_text import (
     next_logprobs,
 )
 from llama import decoding
-from llama.decoding import Event, Request
 from llama.generation import Llama
 from llama.prompts import Prompt
+from llama.requests import Event, Request
 from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
 

@@ -33,8 +33,8 @@ from fixtures_text import (
     write_script,
 )
 from llama import Llama, Message, ModelArgs, Prompt, Tokenizer, Transformer
-from llama.decoding import Event
 from llama.prompts import UNSAFE_ERROR, completion, dialog, infilling
+from llama.requests import Event
 from llama.train.tokenizer import train_tokenizer
 
 PROMPTS = ["def f(x):\n", "import os", "", "class A:\n    def b(self):\n        return"]

@@ -146,7 +146,7 @@ def test_sampling_keeps_its_distribution() -> None:
     first, second = torch.softmax(logits[0], -1).tolist()
     n, settings = 20_000, Sampling(1.0, 1.0)
     numbers = torch.tensor(Draws(settings)(0, 2 * n), dtype=torch.int32).view(torch.float32).view(n, 2)
-    chosen = Batch([settings] * n, [[]] * n, [[]] * n, 3, logits.device).sample(logits.expand(n, -1, -1), numbers)
+    chosen = Batch([(settings, [], [])] * n, 3, logits.device).sample(logits.expand(n, -1, -1), numbers)
     counts = Counter((a, b) if a == 2 else (a,) for a, b in chosen.tolist())  # another first token ends the guess
     expected: dict[tuple[int, ...], float] = {(0,): first[0], (1,): first[1]}
     expected |= {(2, token): first[2] * p for token, p in enumerate(second)}

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from fixtures_text import ROWS, SLOTS, VOCABULARY, Spy, greedy, next_logprobs
 from llama import Llama
-from llama.decoding import Event, Loop, NotFinite, QueueFull, Request
+from llama.decoding import Loop
+from llama.errors import NotFinite, QueueFull
 from llama.prompts import Prompt
+from llama.requests import Event, Request
 from llama.sampling import Sampling
 
 N = 14  # tokens of an answer
@@ -63,7 +65,7 @@ def finished(one: Request) -> list[int]:
 def run_schedule(llama: Llama, expected: list[list[int]], alone: list[list[int]], seed: int) -> int:
     """A random series of joins, leaves, steps, chunks, and writers that don't care. Returns how many answers ended."""
     rng, model = random.Random(seed), llama.model
-    loop = Loop(model, llama.tokenizer, llama.ranks, chunk=rng.choice([3, 7, 32, 512]))
+    loop = Loop(model, llama.ranks, chunk=rng.choice([3, 7, 32, 512]))
     open_requests: dict[int, Request] = {}
     answers: list[tuple[int, Request]] = []
     drawn: list[Request] = []
@@ -127,7 +129,7 @@ def test_a_request_gets_its_own_answer_in_any_company(tiny_llama: Llama, expecte
 
 
 def test_a_full_queue_is_an_error_of_its_own(tiny_llama: Llama) -> None:
-    loop = Loop(tiny_llama.model, tiny_llama.tokenizer, tiny_llama.ranks, capacity=2)
+    loop = Loop(tiny_llama.model, tiny_llama.ranks, capacity=2)
     requests = [request(tiny_llama, PROMPTS[0]) for _ in range(3)]
     for one in requests[:2]:
         loop.join(one)
@@ -140,7 +142,7 @@ def test_a_full_queue_is_an_error_of_its_own(tiny_llama: Llama) -> None:
 
 
 def test_a_row_is_free_within_one_step_in_the_middle_of_a_prompt_too(tiny_llama: Llama) -> None:
-    loop = Loop(tiny_llama.model, tiny_llama.tokenizer, tiny_llama.ranks, chunk=8)
+    loop = Loop(tiny_llama.model, tiny_llama.ranks, chunk=8)
     long = [request(tiny_llama, [1, *range(300, 390)]) for _ in range(ROWS)]
     for one in long:
         loop.join(one)
@@ -156,7 +158,7 @@ def test_a_row_is_free_within_one_step_in_the_middle_of_a_prompt_too(tiny_llama:
 
 
 def test_who_leaves_the_queue_never_costs_a_step(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, spy = Loop(tiny_llama.model, tiny_llama.tokenizer, tiny_llama.ranks), Spy(tiny_llama, monkeypatch)
+    loop, spy = Loop(tiny_llama.model, tiny_llama.ranks), Spy(tiny_llama, monkeypatch)
     twins = [request(tiny_llama, PROMPTS[0], 3) for _ in range(2)]
     for one in twins:
         loop.join(one)
@@ -168,7 +170,7 @@ def test_who_leaves_the_queue_never_costs_a_step(tiny_llama: Llama, monkeypatch:
 
 
 def test_a_running_answer_waits_for_one_chunk_at_most(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(tiny_llama.model, tiny_llama.tokenizer, tiny_llama.ranks, chunk=16)
+    loop = Loop(tiny_llama.model, tiny_llama.ranks, chunk=16)
     running = request(tiny_llama, PROMPTS[0])
     loop.join(running)
     loop.step()
@@ -391,7 +393,7 @@ def test_a_step_costs_no_more_where_a_thousand_wait(tiny_llama: Llama) -> None:
     """Who waits is looked at when a row is free, not at every step."""
 
     def time_of_steps(waiting: int) -> float:
-        loop = Loop(tiny_llama.model, tiny_llama.tokenizer, tiny_llama.ranks, capacity=5000)
+        loop = Loop(tiny_llama.model, tiny_llama.ranks, capacity=5000)
         for i in range(ROWS + waiting):
             loop.join(request(tiny_llama, [1, 300 + i % 7, *range(400, 440)], SLOTS))
         for _ in range(ROWS + 3):

@@ -18,8 +18,7 @@ DRAWS = 20_000
 
 def sample(scores: Tensor, settings: Sequence[Sampling], numbers: Sequence[list[int]]) -> Tensor:
     """A token for each row of scores (B, V), by `numbers`, the bits of one draw for each."""
-    nothing: list[list[int]] = [[] for _ in settings]
-    batch = Batch(settings, nothing, nothing, scores.shape[-1], scores.device)
+    batch = Batch([(s, [], []) for s in settings], scores.shape[-1], scores.device)
     return batch.sample(scores[:, None], torch.tensor(numbers, dtype=torch.int32).view(torch.float32))[:, 0]
 
 
@@ -322,27 +321,27 @@ def test_penalties_and_biases_lower_what_the_definition_lowers(settings: dict[st
     """Over an answer that grows: what was chosen counts from then on. Beside it a row without any."""
     own, plain = Sampling(0.0, **settings), Sampling(0.0)
     prompt, before = [0, 0, 5], [1, 2, 2]
-    batch = Batch([own, plain], [prompt, prompt], [before, before], 8, SCORES.device)
+    batch = Batch([(own, prompt, before), (plain, prompt, before)], 8, SCORES.device)
     answer, nothing = list(before), torch.zeros(2, 1)
     for step in torch.randn(12, 8):
         chosen = batch.sample((SCORES + step).expand(2, 1, -1), nothing)
         expected = penalised((SCORES + step).tolist(), own, prompt, answer)
         assert chosen.tolist() == [[expected.index(max(expected))], [int((SCORES + step).argmax())]]
         answer.append(int(chosen[0, 0]))
-    again = Batch([own], [prompt], [answer], 8, SCORES.device).sample(SCORES.expand(1, 1, -1), nothing[:1])
+    again = Batch([(own, prompt, answer)], 8, SCORES.device).sample(SCORES.expand(1, 1, -1), nothing[:1])
     assert torch.equal(again, batch.sample(SCORES.expand(2, 1, -1), nothing)[:1])
 
 
 def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="logit_bias has token 9; the model knows 0 to 7"):
-        Batch([Sampling(logit_bias={9: 1.0})], [[]], [[]], 8, SCORES.device)
+        Batch([(Sampling(logit_bias={9: 1.0}), [], [])], 8, SCORES.device)
 
 
 def test_what_a_mask_forbids_is_never_drawn() -> None:
     settings = Sampling(1.5, top_p=1.0)
     mask = torch.tensor([False, True, False, True, False, False, True, False])
     n, numbers = 3000, torch.tensor([Draws(settings)(0, 3000)], dtype=torch.int32).view(torch.float32)
-    batch = Batch([settings], [[]], [[]], 8, SCORES.device)
+    batch = Batch([(settings, [], [])], 8, SCORES.device)
     tokens = batch.sample(SCORES.expand(1, n, -1), numbers, mask.expand(1, n, -1))
     probs = [p * m for p, m in zip(exact(SCORES.tolist(), 1.5), mask.tolist(), strict=True)]
     assert_as_often(torch.bincount(tokens[0], minlength=8), [p / sum(probs) for p in probs])
@@ -355,7 +354,7 @@ def test_logits_that_are_not_finite_give_no_token(temperature: float, wrong: flo
     """Of that row and position alone; a mask doesn't hide them."""
     scores = torch.randn(2, 3, 8)
     scores[1, 2, 4] = wrong
-    batch = Batch([Sampling(temperature)] * 2, [[], []], [[], []], 8, scores.device)
+    batch = Batch([(Sampling(temperature), [], [])] * 2, 8, scores.device)
     mask = torch.ones(2, 3, 8, dtype=torch.bool)
     mask[..., 4] = False
     found = batch.sample(scores, torch.full((2, 3), 0.5), mask if masked else None)

@@ -27,7 +27,7 @@ def printed(name: str) -> str:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     out = io.StringIO()
-    cpu = mock.patch("llama.parallel.default_device", return_value=torch.device("cpu"))
+    cpu = mock.patch("llama.system.default_device", return_value=torch.device("cpu"))
     with cpu, contextlib.redirect_stdout(out):
         script.main(temperature=0.0)
     return out.getvalue()

@@ -222,6 +222,22 @@ def test_an_int8_cache_is_compiled_as_well(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(both[1], both[0], rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_bfloat16_is_compiled_as_well(fused: bool) -> None:
+    """What depends on the processor is nothing that a compiler can look into."""
+    plain, quick = (model.bfloat16() for model in small(dim=128))
+    exact = copy.deepcopy(plain).float()
+    compile_(speed_up_(quick) if fused else quick, chunk=16, progress=False, backend="aot_eager")
+    tokens = torch.randint(20, (2, 30))
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        right = exact(tokens)
+        losses = []
+        for model in (plain, quick):
+            found = [model(tokens[:, :20], 0), *(model(tokens[:, i : i + 1], i) for i in range(20, 30))]
+            losses.append(float((torch.cat(found, 1) - right).norm() / right.norm()))
+    assert 0 < losses[1] < 1.5 * losses[0]
+
+
 def test_what_a_step_gave_is_not_overwritten_by_the_next() -> None:
     """A recorded graph writes to the same memory each time; here, one that does the same without a GPU."""
     _, quick = small()

@@ -114,7 +114,7 @@ def test_products_are_the_cpus(word: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 def test_a_quantised_model_has_the_cpus_logits(word: str, fast: bool) -> None:
     args = ModelArgs(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, max_batch_size=4, max_seq_len=160)
-    model, weights = on_gpu(args, torch.bfloat16)
+    model, weights = on_gpu(args)
     on_cpu = Transformer(args).requires_grad_(False)
     on_cpu.load_state_dict(weights)
     quantize_(on_cpu, word)
@@ -123,7 +123,7 @@ def test_a_quantised_model_has_the_cpus_logits(word: str, fast: bool) -> None:
         speed_up_(model)
     tokens = torch.randint(96, (4, 40))
     with torch.inference_mode():
-        assert off(steps(model, model.own_cache(), tokens), on_cpu(tokens)) < 6e-2
+        assert off(steps(model, model.own_cache(), tokens), on_cpu(tokens)) < (5e-2 if "dynamic" in word else 2e-2)
 
 
 @pytest.mark.parametrize("peak", [1, 8, 25])
@@ -232,10 +232,10 @@ def test_recorded_graphs_give_what_the_model_gives(
     tokens = torch.randint(tiny.vocab_size, (6, 160), device="cuda")
     with torch.inference_mode():
         right, found = (model(tokens[:, :100], 0) for model in (plain, quick))
-        assert off(found, right) < 2e-2
+        assert off(found, right) < 5e-2  # both are rounded to bfloat16, in another order
         idle = [store[3:].clone() for store in (*quick.cache.keys, *quick.cache.values)]
         answers = [[model(tokens[:3, i : i + 1], i) for i in range(100, 160)] for model in (plain, quick)]
-        assert off(torch.cat(answers[1], 1), torch.cat(answers[0], 1)) < 2e-2
+        assert off(torch.cat(answers[1], 1), torch.cat(answers[0], 1)) < 5e-2
         for store, was in zip((*quick.cache.keys, *quick.cache.values), idle, strict=True):
             assert torch.equal(store[3:], was)
 

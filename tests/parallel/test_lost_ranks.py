@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 
-from llama import parallel
-from llama.parallel import MESSAGE, LostRank, Ranks
+from llama import control, parallel, system
+from llama.control import MESSAGE, Heartbeat
+from llama.errors import LostRank
+from llama.parallel import Ranks
 from parallel.ranks import RankFailed, on_ranks, outcomes
 
 SENTENCE = "of this run has ended or has not answered for"
@@ -218,10 +220,9 @@ def test_ranks_that_live_are_waited_for_and_understood() -> None:
 def test_time_for_which_all_ranks_were_stopped_is_no_silence() -> None:
     """Ctrl-Z and fg: the clock has gone on, but no rank could show that it lives."""
     store, ahead = dist.HashStore(), [0.0]  # type: ignore[attr-defined]
-    first, second = (parallel._Heartbeat(Ranks(rank, 2, torch.device("cpu"), None, 5.0)) for rank in (0, 1))
-    with mock.patch.object(
-        parallel, "time", mock.Mock(monotonic=lambda: time.monotonic() + ahead[0], sleep=time.sleep)
-    ):
+    ranks = [Ranks(rank, 2, torch.device("cpu"), None, 5.0) for rank in (0, 1)]
+    first, second = (Heartbeat(own.rank, 2, 5.0, "group", own.lost) for own in ranks)
+    with mock.patch.object(control, "time", mock.Mock(monotonic=lambda: time.monotonic() + ahead[0], sleep=time.sleep)):
         meetings = [threading.Thread(target=beat._meet, args=(store,)) for beat in (first, second)]
         for meeting in meetings:
             meeting.start()
@@ -348,7 +349,7 @@ def test_more_ranks_than_gpus_are_refused_by_all_before_nccl() -> None:
 def _set_on_own_gpu(init_method: str) -> tuple[str, str]:
     os.environ.pop("LOCAL_RANK")
     with _fake_gpus(4), mock.patch.object(torch, "empty"):
-        alone = parallel._own_device("cuda:3", 1), parallel._own_device("cuda", 1)
+        alone = system.own_device("cuda:3", 1), system.own_device("cuda", 1)
         assert not torch.cuda.set_device.called  # type: ignore[attr-defined]
     return str(alone[0]), str(alone[1])
 
@@ -365,12 +366,12 @@ def test_a_device_that_is_not_there_is_named(device: str) -> None:
 
 
 def test_dtypes_are_16_bits_wide_where_a_gpu_computes() -> None:
-    assert parallel.default_dtype(torch.device("mps")) == torch.float16
-    assert parallel.default_dtype(torch.device("cpu")) == torch.float32
+    assert system.default_dtype(torch.device("mps")) == torch.float16
+    assert system.default_dtype(torch.device("cpu")) == torch.float32
     for major, dtype in ((9, torch.bfloat16), (7, torch.float16)):  # an older GPU only emulates bfloat16
         with (
             _fake_gpus(1),
             mock.patch.object(torch.cuda, "current_device", return_value=0),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(major=major)),
         ):
-            assert parallel.default_dtype(torch.device("cuda:0")) == dtype
+            assert system.default_dtype(torch.device("cuda:0")) == dtype

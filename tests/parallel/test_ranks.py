@@ -192,5 +192,5 @@ def test_a_rank_that_is_gone_ends_the_others_within_the_timeout(doing: Any, way:
     for rank in (0, 2):
         assert isinstance(results[rank], RankFailed)
         assert "still ran" not in str(results[rank])
-        assert "llama.parallel.LostRank" in str(results[rank])
+        assert "llama.errors.LostRank" in str(results[rank])
     assert str(results[1]) == "rank 1 died"

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from llama.checkpoint import replacing
 from llama.cli import run as run_command
 from llama.generation import Llama
 from llama.model import Transformer
+from llama.system import replacing
 from llama.tokenizer import Tokenizer
 from llama.train import stages
 from llama.train.cli import ALL, COMMANDS

@@ -26,7 +26,6 @@ import torch
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from llama.checkpoint import replacing
 from llama.evals.cli import read_sources
 from llama.evals.positions import loss_by_position
 from llama.evals.record import Record, commit, save_record
@@ -46,6 +45,7 @@ from llama.longcontext.reproduce.conditions import (
 from llama.longcontext.reproduce.figures import Measured, findings_of, pooled, tidy
 from llama.longcontext.reproduce.statements import AIMS, ORDERINGS, Verdict, judge
 from llama.longcontext.retrieval import retrieval_grid
+from llama.system import replacing
 from llama.train.collection import TOTALS
 from llama.train.corpus import Source, read_corpus
 from llama.train.loop import ALONE, TrainingConfig

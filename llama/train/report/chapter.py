@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 
 _BLOCK = re.compile(r"(?P<open><!-- report: (?P<name>[\w-]+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 
 Figures = dict[str, Any]
 """What JSON can hold."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.checkpoint import replacing
+from llama.system import replacing
 from llama.train.report.measurements import Figures
 
 if TYPE_CHECKING:
