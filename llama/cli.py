@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fire.decorators import SetParseFns
 
 from llama import parallel
 from llama.checkpoint import open_checkpoint
+from llama.errors import LostRank
 from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.model import Transformer
@@ -85,7 +86,7 @@ def complete(
     """
     llama = build(seed=seed, **options)
     text = llama.ranks.broadcast_object(sys.stdin.read() if llama.ranks.leads and prompt == "-" else prompt)
-    settings: dict[str, Any] = {"top_k": top_k, "stop": stop or (), "seed": seed, "reuse": True}
+    settings: dict[str, Any] = {"top_k": top_k, "stop": stop or (), "seed": seed}
     with _cache_files(llama, load_cache, save_cache):
         events = llama.stream([text], max_gen_len, temperature, top_p, **settings)
         _say(llama, text if echo else "")
@@ -113,7 +114,6 @@ def infill(
         if llama.ranks.leads:
             if file != "-" and not os.path.isfile(file):
                 raise ValueError(f"there is no file {file}; give a file with one {FILL}, or - for standard input")
-            # As bytes, so that line ends stay what they are.
             # As bytes: a text stream would turn \r\n into \n.
             text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
             if text.count(FILL) != 1:
@@ -121,7 +121,7 @@ def infill(
     prefix, suffix = llama.ranks.broadcast_object(text).split(FILL)
     prompt = infilling(llama.tokenizer, prefix, suffix, suffix_first)
     with _cache_files(llama, load_cache, save_cache):
-        events = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed, reuse=True)
+        events = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed)
         _say(llama, prefix)
         _print_stream(llama, events)
         _say(llama, suffix)
@@ -154,7 +154,7 @@ def chat(
             elif line:
                 try:
                     prompt = dialog(llama.tokenizer, [*messages, Message(role="user", content=line)])
-                    stream = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed, reuse=True)
+                    stream = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed)
                 except ValueError as error:
                     _say(llama, f"({error}; /reset begins anew)\n")
                     continue
@@ -175,8 +175,8 @@ def _read_line(llama: Llama) -> str | None:
     return received
 
 
-def _print_stream(llama: Llama, events: Iterator[Event]) -> str:
-    """Prints one row's text as it comes and returns it whole. Ctrl-C ends it there."""
+def _print_stream(llama: Llama, events: Generator[Event, None, None]) -> str:
+    """Prints one row's text as it comes and returns it whole. Ctrl-C ends it there, on all ranks."""
     parts: list[str] = []
     try:
         for event in events:
@@ -184,6 +184,8 @@ def _print_stream(llama: Llama, events: Iterator[Event]) -> str:
             _say(llama, event.text)
     except KeyboardInterrupt:
         _say(llama, " [stopped]")
+    finally:
+        events.close()
     return "".join(parts)
 
 
@@ -230,6 +232,9 @@ def run(component: Any, name: str | None = None) -> None:
     except ValueError as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except LostRank as error:  # rank 0 may be the lost one, so each says it
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

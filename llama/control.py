@@ -130,7 +130,7 @@ class Processes:
         """Whether every rank says True. Raises LostRank where another has said nothing for `timeout` seconds."""
         if self.control is None:
             return good
-        verdict = torch.tensor([good], dtype=torch.uint8)
+        verdict = torch.tensor([good], dtype=torch.uint8, device="cpu")
         with self.named_loss(), waiting(self.control, self.timeout, afterwards=WEEK):
             dist.all_reduce(verdict, dist.ReduceOp.MIN, group=self.control)
         return bool(verdict)

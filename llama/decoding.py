@@ -24,7 +24,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -89,7 +89,7 @@ class Loop:
                 break
             self.step()
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Event]:
+    def run(self, requests: Sequence[Request]) -> Generator[Event, None, None]:
         """Yields the events of requests as they come; they join as there is room. Raises an event's error."""
         inbox: deque[Event | None] = deque()
         for request in requests:

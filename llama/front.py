@@ -33,6 +33,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     rope_scaling: RopeScaling | str | None = None,
     prefill_chunk: int = 512,
+    lookup: int = 0,
     quantize: str | None = None,
     fast: bool = False,
     compile: bool = False,
@@ -54,8 +55,6 @@ def load(
         raise ValueError(f"unknown option --{unknown[0]}; there are {words}")
     if kv_dtype not in (None, "int8"):
         raise ValueError(f"--kv_dtype {kv_dtype} is unknown; there is int8, or leave it out for the model's own")
-    if kv_dtype is not None and compile:
-        raise ValueError("--kv_dtype int8 can't be compiled: the graphs are made for a cache of floats; leave one out")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
@@ -69,17 +68,17 @@ def load(
         quantize_load(model, checkpoint, ranks, own_dtype, quantize)
 
     def prepare(model: Transformer, ranks: Ranks) -> None:
-        if fast or compile:
-            from llama.fast import prepare_
-
-            prepare_(model, prefill_chunk, fast, compile, ranks.leads)
         if kv_dtype is not None:
             from llama.longcontext.int8_cache import int8_cache
 
             model.cache = int8_cache(model)
+        if fast or compile:
+            from llama.fast import prepare_
+
+            prepare_(model, prefill_chunk, fast, compile, ranks.leads, lookup)
 
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "prefill_chunk": prefill_chunk}
-    given = {**limits, **options, "dtype": dtype, "rope_scaling": scaling_of(rope_scaling)}
+    given = {**limits, **options, "lookup": lookup, "dtype": dtype, "rope_scaling": scaling_of(rope_scaling)}
     return Llama.build(ckpt_dir, tokenizer_path, **given, load=read, prepare=prepare)
 
 

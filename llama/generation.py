@@ -9,7 +9,7 @@ as streams that are read in turn: they share the rows of the cache, and each get
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -73,7 +73,7 @@ class Llama:
         self.ranks = ranks or start(device=model.norm.weight.device)
         self.loop = Loop(model, self.ranks, chunk=prefill_chunk)
         self.lookup = lookup
-        self._seeds = torch.Generator().manual_seed(seed)
+        self._seeds = torch.Generator("cpu").manual_seed(seed)
 
     @classmethod
     def build(
@@ -130,7 +130,7 @@ class Llama:
     def stream(
         self, prompts: Iterable[Prompt | str | Sequence[int]], max_gen_len: int | None = None,
         temperature: float = 0.6, top_p: float = 0.9, *, logprobs: bool | int = False, **settings: Unpack[Settings],
-    ) -> Iterator[Event]:  # fmt: skip
+    ) -> Generator[Event, None, None]:  # fmt: skip
         """Writes an answer to each prompt (a Prompt, a text, or ids) and yields what is certain of it as it comes.
 
         `max_gen_len` (default: all that max_seq_len has room for) limits each answer. More prompts than max_batch_size
@@ -155,7 +155,7 @@ class Llama:
         if max_gen_len is not None:
             max_gen_len = checked("max_gen_len", max_gen_len, (int, "at least", 0, 2**31 - 1))
         if seed is None:
-            seed = torch.randint(2**62, (len(asked),), generator=self._seeds).tolist()
+            seed = torch.randint(2**62, (len(asked),), generator=self._seeds, device="cpu").tolist()
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(asked)
         if len(seeds) != len(asked):
             raise ValueError(f"{len(seeds)} seeds for {len(asked)} prompts: give one, or one for each")

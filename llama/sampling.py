@@ -86,7 +86,7 @@ class Draws:
     the same on every device; as the bits of a float32, so that they travel there beside ids."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._generator = None if sampling.temperature == 0 else torch.Generator().manual_seed(sampling.seed)
+        self._generator = None if sampling.temperature == 0 else torch.Generator("cpu").manual_seed(sampling.seed)
         self._bits: list[int] = []
 
     def __call__(self, first: int, n: int) -> list[int]:
@@ -123,7 +123,7 @@ class Batch:
             for row, (_, *both) in enumerate(rows):
                 for which, tokens in enumerate(both):
                     ids = torch.tensor(tokens, dtype=torch.int64, device="cpu")
-                    counts[which, row, 0] = torch.bincount(ids, minlength=vocabulary)
+                    counts[which, row, 0].scatter_add_(0, ids, torch.ones(len(tokens), device="cpu"))
             self._in_prompt, self._counts = counts.to(device)
         if any(s.logit_bias for s in settings):
             bias = torch.zeros(len(settings), 1, vocabulary, device="cpu")
@@ -149,7 +149,7 @@ class Batch:
         if not all(self._greedy):
             drawn = self._drawn(logits - largest.unsqueeze(-1), draws)
             chosen = torch.where(self._table[0, ..., 0] > 0, chosen, drawn) if any(self._greedy) else drawn
-        chosen = chosen.masked_fill(~finite, NOT_FINITE)
+        chosen = torch.where(finite, chosen, NOT_FINITE)
         if self._counts is not None:
             first = chosen[:, :1].clamp_min(0).unsqueeze(1)
             self._counts.scatter_add_(-1, first, torch.ones_like(first, dtype=self._counts.dtype))

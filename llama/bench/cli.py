@@ -98,7 +98,7 @@ def _quantize_(scheme: str, model: Transformer) -> None:
 
 def _compile_(llama: Llama) -> None:
     llama.model.__dict__.pop("hidden", None)  # what was compiled for another cache
-    _from("llama.fast.compiled", "compile_")(llama.model, llama.prefill_chunk, llama.ranks.leads)
+    _from("llama.fast.compiled", "compile_")(llama.model, llama.prefill_chunk, llama.ranks.leads, llama.lookup)
 
 
 VARIANTS: dict[str, Variant] = {

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llama.bench.measures import draw_prompts
 from llama.bench.rounds import Spread, Timer, interleave, ratios, spread
-from llama.cache import KVCache
+from llama.cache import KVCache, Span
 from llama.evals.intervals import Share, share
 from llama.evals.sources import Source, choose, with_text
 from llama.evals.syntax import functions
@@ -114,13 +114,13 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def hidden(self, tokens: Tensor, start_pos: int | Sequence[int], cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, span: Span, cache: KVCache) -> Tensor:
         self.passes, self.read = self.passes + 1, self.read + tokens.shape[1]
         if self.text is not None:
-            start = start_pos if isinstance(start_pos, int) else start_pos[0]
+            start = span.starts[0]
             following = self.text[start + 1 : start + 1 + tokens.shape[1]]
-            self._next = following + [0] * (tokens.shape[1] - len(following))  # behind the end anything will do
-        return self.model.hidden(tokens, start_pos, cache)
+            self._next = following + [0] * (tokens.shape[1] - len(following))  # after the end anything will do
+        return self.model.hidden(tokens, span, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores = self.model.logits(hidden)

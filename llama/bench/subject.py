@@ -83,7 +83,7 @@ class Subject(Protocol):
 
     def stream(self, prompts: Sequence[list[int]], n: int) -> Iterator[int]:
         """Reads prompts and writes `n` tokens to each, greedily, as a user's program gets them; yields when some are
-        known of row 0, and how many."""
+        known of row 0, and how many. With more than one token, not before every row has its first."""
 
     def head(self, tokens: Tensor) -> Tensor:
         """(B, T) tokens to (B, V): what a step does before and after its blocks, without them."""
@@ -123,10 +123,17 @@ class Ours:
         return model.logits(model.hidden(tokens, position, model.own_cache()))[:, -1]
 
     def stream(self, prompts: Sequence[list[int]], n: int) -> Iterator[int]:
-        asked = [Prompt(tokens, frozenset()) for tokens in prompts]  # nothing ends them but their length
-        for event in self.llama.stream(asked, n, temperature=0.0, reuse=False):
+        asked = [Prompt(list(tokens), frozenset()) for tokens in prompts]  # nothing ends them but their length
+        for event in self.llama.stream(asked, 1, temperature=0.0, reuse=False):
+            asked[event.row].tokens.extend(event.tokens)
+        known = 1  # and what was read stands in the cache, so that all rows go on from their first tokens at once
+        if n == 1:
+            yield known
+            return
+        for event in self.llama.stream(asked, n - 1, temperature=0.0):
             if event.row == 0 and event.tokens:
-                yield len(event.tokens)
+                yield known + len(event.tokens)
+                known = 0
 
     @torch.inference_mode()
     def head(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Work in slices that fill the model's rows, under a progress bar."""
+"""Work in slices, under a progress bar."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from tqdm import tqdm
 from llama.generation import Llama
 
 T = TypeVar("T")
+ROUNDS = 8
+"""Items of a slice for each row. At a slice's end a row is free for about half an item's time, a sixteenth of all."""
 
 
 def batches(llama: Llama, items: Sequence[T], what: str, progress: bool) -> Iterator[Sequence[T]]:
-    """Slices of max_batch_size. The bar, on rank 0 alone, counts items."""
-    size = llama.model.args.max_batch_size
+    """Slices of several times max_batch_size, so that the loop seldom has a free row and none to take it. The bar, on
+    rank 0 alone, counts items."""
+    size = ROUNDS * llama.model.args.max_batch_size
     with tqdm(total=len(items), desc=what, leave=False, disable=not (progress and llama.ranks.leads)) as bar:
         for first in range(0, len(items), size):
             batch = items[first : first + size]

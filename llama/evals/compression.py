@@ -140,8 +140,6 @@ def losses_of(
     if not 1 <= stride <= size:
         raise ValueError(f"a stride of {stride}; with windows of {length} tokens it must be 1 to {size}")
     jobs = [(i, *window) for i, ids in enumerate(sequences) for window in windows(len(ids), size, stride)]
-    # Those of a size together, so that a batch has little padding; a stable sort, so that batches are always the same.
-    jobs.sort(key=lambda job: -min(size, len(sequences[job[0]]) - job[1]))
     losses = [np.empty(len(ids)) for ids in sequences]
     for batch in batches(llama, jobs, f"windows of {length}", progress):
         found = llama.score([[llama.tokenizer.bos_id, *sequences[i][first : first + size]] for i, first, _ in batch])

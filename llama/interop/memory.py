@@ -61,8 +61,8 @@ Device = Literal["cuda", "cpu"]
 WORKSPACE = 32 * 2**20
 """What cuBLAS takes through PyTorch's allocator, on Hopper; 8 MiB on older GPUs."""
 HOST_TOKEN = 32 + 3 * 8
-"""Bytes of a token's id in the host's memory: a Python integer, and its place in the lists of the prompt, of the request
-and of the cache."""
+"""Bytes of a token's id in the host's memory: a Python integer, and its place in the lists of prompt, request and
+cache."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,7 @@ def _attention_packs(settings: Settings) -> bool:
     return settings.device == "cpu" and settings.dtype == torch.bfloat16 and tiles
 
 
-def activation_bytes(
-    args: ModelArgs, settings: Settings, rows: int, T: int, S: int, *, aligned: bool = True
-) -> int:
+def activation_bytes(args: ModelArgs, settings: Settings, rows: int, T: int, S: int, *, aligned: bool = True) -> int:
     """The peak within one layer for T new tokens of each row that see up to S slots: the formulas above. `aligned`
     rows stand at the same position."""
     ranks, e, D = settings.model_parallel_size, settings.dtype.itemsize, args.head_dim

@@ -216,7 +216,7 @@ def command(
         kv_dtype: of the cache, also float8 or int8 (default: as dtype).
         quantize: int8, int8-dynamic, int4 (int4:64, int4:128), int4-dynamic or nf4 weights.
         device_memory: of each rank, as 80GB or 79.6GiB (default: what is free here, if the device is).
-        prefill_chunk: tokens of each row that are read at once.
+        prefill_chunk: prompt tokens that are read in a step, of all rows together.
         device: cuda or cpu.
     """
     args = architecture(model, max_seq_len=max_seq_len, max_batch_size=max_batch_size)

@@ -3,7 +3,7 @@
 The protocol is the paper's (arXiv 2308.12950, section 3.3 and appendix G), as llama/evals/retrieval.py has it: the
 prompts of one sample hold the same functions and the same key, and differ in nothing but where the key stands. So they
 begin alike, up to the key that comes first. Put in alphabetical order, prompts that begin alike follow each other; each
-is read from where it leaves the one before, whose keys and values stand in the cache already. Nothing is approximated:
+is read from where it leaves those whose keys and values stand in the cache already. Nothing is approximated:
 the same tokens at the same positions give the same keys and values. What that saves is counted. It can't be much, as
 all that stands behind a key depends on the key: with depths 0, 0.25, 0.5 and 0.75, three parts of sixteen.
 
@@ -24,14 +24,15 @@ from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from llama.cli import PATHS
+from llama.decoding import FEWEST
 from llama.evals.record import Record, save_record
 from llama.evals.retrieval import DEPTHS, DIGITS, Complete, Retrieval, retrieval_by
-from llama.evals.retrieval import retrieval as side_by_side
 from llama.evals.sources import Source
 from llama.evals.table import percent, render
 from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import listed, read_texts, rope_of, trained_length, warn_beyond
+from llama.lookup import agreeing
 from llama.prompts import completion
 from llama.tokenizer import Tokenizer
 
@@ -65,16 +66,13 @@ def retrieval_grid(
     depths: Sequence[float] = DEPTHS,
     samples: int = 64,
     seed: int = 0,
-    reuse: bool = True,
     trained: int | None = None,
     progress: bool = False,
 ) -> Grid:
     """The grid of a model, greedily. `lengths` are in tokens, prompt and answer together (default: max_seq_len alone).
 
-    `reuse` asks one prompt at a time and reads what differs from the one before. Without it max_batch_size prompts are
-    read side by side, each whole, which is faster where they are short and the machine has room. The answers are the
-    same. Warns of lengths beyond `trained` (default: what the checkpoint says of itself). Raises ValueError as
-    `llama.evals.retrieval` does.
+    Prompts are asked one at a time, and of each only what the cache does not hold is read. Warns of lengths beyond
+    `trained` (default: what the checkpoint says of itself). Raises ValueError as `llama.evals.retrieval` does.
     """
     room = llama.model.args.max_seq_len
     lengths = [room] if lengths is None else lengths
@@ -82,10 +80,6 @@ def retrieval_grid(
         raise ValueError(f"a length of {max(lengths)}; this model was built for {room}: build with more, or ask less")
     if lengths:
         warn_beyond(max(lengths), trained_length(llama.model.args) if trained is None else trained)
-    if not reuse:
-        found = side_by_side(llama, sources, lengths, depths, samples, seed, progress)
-        tokens = round(sum(cell.tokens * cell.found.n for cell in found.cells))
-        return Grid(found, effective_length(found), sum(cell.found.n for cell in found.cells), tokens, tokens)
     spent: list[tuple[int, int]] = []
 
     def complete(prompts: Sequence[str]) -> list[str]:
@@ -124,8 +118,8 @@ def retrieval_in_order(
 def ask_one_by_one(
     llama: Llama, prompts: Sequence[str], spent: list[tuple[int, int]], progress: bool = False
 ) -> list[str]:
-    """The two tokens that follow each prompt, as text; of each prompt only what its predecessor has not left in the
-    cache is read. `spent` gets its tokens, and how many of them were read."""
+    """The two tokens that follow each prompt, as text. `spent` gets the number of each prompt's tokens, and how many of
+    them were not in the cache."""
     answers: list[str] = []
     cache = llama.model.own_cache()
     asked = [completion(llama.tokenizer, prompt) for prompt in prompts]
@@ -133,17 +127,13 @@ def ask_one_by_one(
     hide = not (progress and llama.ranks.leads)
     with tqdm(total=total, desc="keys", unit="token", unit_scale=True, leave=False, disable=hide) as bar:
         for prompt in asked:
-            known = max(common_prefix(row, prompt.tokens[:-1]) for row in cache.tokens)
+            known = max(agreeing(row, prompt.tokens[:-1]) for row in cache.tokens)
+            known = known if known >= FEWEST else 0
             events = list(llama.stream([prompt], DIGITS, temperature=0.0, seed=0))
             answers.append("".join(event.text for event in events))
             spent.append((len(prompt.tokens), len(prompt.tokens) - known))
             bar.update(len(prompt.tokens))
     return answers
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def effective_length(found: Retrieval, bar: float = EFFECTIVE) -> int | None:
@@ -195,7 +185,6 @@ def command(
     depths: float | Sequence[float] = DEPTHS,
     samples: int = 64,
     seed: int = 0,
-    reuse: bool = True,
     trained: int | None = None,
     **options: Any,
 ) -> None:
@@ -208,20 +197,19 @@ def command(
         depths: where the number stands, from 0 (first) to 1 (last): 0,0.25,0.5.
         samples: prompts for each length and depth.
         seed: of prompts and numbers.
-        reuse: read of each prompt what differs from the one before; --noreuse: --max_batch_size whole ones at a time.
         trained: the context that the checkpoint was trained on, so that a longer one gets a warning.
         options: those of Llama.build: --ckpt_dir --rope_theta --rope_scaling --device --dtype …
     """
     started = time.monotonic()
     asked, places = listed(lengths), listed(depths)
-    llama = build(**{"max_seq_len": max(asked, default=512), "max_batch_size": 1 if reuse else 4, **options})
-    grid = retrieval_grid(llama, read_texts(sources), asked, places, samples, seed, reuse, trained, progress=True)
+    llama = build(**{"max_seq_len": max(asked, default=512), "max_batch_size": 1, **options})
+    grid = retrieval_grid(llama, read_texts(sources), asked, places, samples, seed, trained, progress=True)
     if not llama.ranks.leads:
         return
     values = asdict(grid)
     del values["found"]
     made_of = {
-        "options": {"sources": sources, "lengths": asked, "depths": places, "samples": samples, "reuse": reuse},
+        "options": {"sources": sources, "lengths": asked, "depths": places, "samples": samples},
         "seed": seed,
         "rule": f"the largest length at which {EFFECTIVE:.1%} of the keys are found, those of all depths together",
         **values,

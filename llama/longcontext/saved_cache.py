@@ -54,17 +54,17 @@ BLOCK = 2**26  # bytes that are summed at once
 
 
 def save_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
-    """Writes what row 0 of the cache holds of the last single prompt and its answer; returns those tokens.
+    """Writes what row 0 of the cache holds; returns those tokens. After a prompt that was streamed by itself these are
+    its own and its answer's, but for the last, which was not read; after several at once, those of one of them.
 
-    The file appears whole or not at all. Raises ValueError where it is not known what row 0 holds: nothing was read
-    yet, or several prompts at once, or texts were scored.
+    The file appears whole or not at all. Raises ValueError where row 0 holds nothing.
     """
     with llama.ranks.all_ranks():
         cache = llama.model.own_cache()
         tokens = list(cache.tokens[0])
         if not tokens:
             raise ValueError(
-                "the cache holds nothing that could be saved: stream one prompt, by itself, before it is saved"
+                "row 0 of the cache holds nothing that could be saved: stream one prompt, by itself, before it is saved"
             )
         header = json.dumps({"format": FORMAT, "made_by": fingerprint(llama)}).encode()
         known: list[NDArray[Any]] = [np.frombuffer(header, np.uint8), np.array(tokens, np.int64)]
@@ -79,7 +79,7 @@ def save_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
 
 def load_cache(llama: Llama, path: str | os.PathLike[str]) -> list[int]:
     """Restores a saved cache into row 0; returns the tokens it holds. `Llama.stream` goes on from as many of them as
-    its prompt begins with.
+    its prompt begins with. A stream under way that has row 0 reads its tokens again.
 
     Raises ValueError, on every rank, where the file is missing or damaged, was made by something else than this
     model, or holds more tokens than the cache has slots. What the cache held before is then forgotten all the same.

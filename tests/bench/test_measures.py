@@ -8,11 +8,14 @@ import pytest
 import torch
 from timekeeping import WORK, Clock, Paced
 
+from fixtures_text import Spy
 from llama.bench.figures import Figure, figures, rows_of, table, title
 from llama.bench.measures import Machine, Measured, decode, first_token, loading, prefill, roofline
 from llama.bench.roofline import Probe, matmul
 from llama.bench.rounds import Spread, timed
+from llama.bench.subject import Ours, work_of
 from llama.config import ModelArgs
+from llama.generation import Llama
 
 ARGS = ModelArgs(dim=64, n_layers=3, n_heads=4, vocab_size=96, hidden_dim=96)
 CPU = torch.device("cpu")
@@ -76,6 +79,26 @@ def test_the_first_token_is_no_part_of_the_loop(machine: Machine, clock: Clock) 
     found = first_token(machine, {"one": one}, 10)
     assert found.rates["one"] == pytest.approx([1 / 50.0] * 3)
     assert figures(found, [])[0].value.median == pytest.approx(50.0)
+
+
+def test_our_loop_is_measured_while_every_row_writes(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read one after the other, and the first would write long before the last is read. And its text is the
+    one that a single stream writes."""
+    monkeypatch.setattr(tiny_llama.loop, "chunk", 32)
+    prompts = [[1, *range(first, first + 40)] for first in (100, 200, 300)]
+    expected = tiny_llama.generate(prompts, 12, temperature=0.0, stop_token=1)[0]
+    assert all(len(answer) == 12 for answer in expected)
+    tiny_llama.model.own_cache().forget()
+    spy = Spy(tiny_llama, monkeypatch)
+    stream = Ours(tiny_llama, work_of(tiny_llama.model)).stream(prompts, 12)
+    known = next(stream)
+    begun = len(spy.read)
+    assert sum(rows * tokens for rows, tokens in spy.read) >= 3 * 41
+    assert known + sum(stream) == 12
+    assert spy.read[begun:] == [(3, 1)] * (12 - known)
+    held = [tokens[41:] for tokens in tiny_llama.model.own_cache().tokens if tokens]
+    assert sorted(held) == sorted(answer[:-1] for answer in expected)
+    assert list(Ours(tiny_llama, work_of(tiny_llama.model)).stream(prompts, 1)) == [1]
 
 
 def test_variants_alternate_within_a_round(machine: Machine, clock: Clock) -> None:

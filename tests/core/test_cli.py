@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fixtures_text import ARGS, WEIGHTS
 from llama import Llama, Message, Transformer, checkpoint, cli, parallel, rope
+from llama.prompts import dialog
 from llama.rope import SPECTRA
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
@@ -138,7 +139,7 @@ linear = halved
 @pytest.fixture
 def own_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("llama.rope.SPECTRA", dict(SPECTRA))
-    monkeypatch.setattr("llama.cli.SPECTRA", rope.SPECTRA)
+    monkeypatch.setattr("llama.front.SPECTRA", rope.SPECTRA)
     path = tmp_path / "my_scheme.py"
     path.write_text(OWN_SCHEME, encoding="utf-8")
     return path
@@ -212,7 +213,7 @@ def scripted_chat(llama: Llama, questions: list[str], system: str | None = None)
     said = []
     for question in questions:
         messages.append(Message(role="user", content=question))
-        (result,) = llama.chat_completion([messages], 0, max_gen_len=8)
+        (result,) = llama.chat_completion([messages], 0, max_gen_len=8, reuse=False)
         said.append(result["generation"]["content"])
         messages.append(Message(role="assistant", content=said[-1]))
     return said
@@ -238,17 +239,26 @@ def test_a_system_message_that_looks_like_a_value_stays_text(codellama: Run, tin
         assert codellama("chat", "--system", system, stdin="Hi\n/exit\n")[1] == f"{said}\n"
 
 
-def test_chat_keeps_its_cache_between_turns(codellama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    original = Llama.stream
+def test_chat_reads_of_a_turn_only_what_is_new(
+    codellama: Run, tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [Message(role="user", content=text) for text in ("Hi, who are you?", "And?")]
+    (said,) = scripted_chat(tiny_llama, [messages[0]["content"]])
+    messages.insert(1, Message(role="assistant", content=said))
+    first, second = (len(dialog(tiny_llama.tokenizer, messages[:n]).tokens) for n in (1, 3))
+    read: list[int] = []
+    original: Callable[..., Tensor] = Transformer.hidden
 
-    def stream(self: Llama, *args: Any, **options: Any) -> Iterator[Any]:
-        asked.append(options.get("reuse", False))
-        return original(self, *args, **options)
+    def hidden(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
+        read.append(tokens.shape[1])
+        return original(self, tokens, *args)
 
-    monkeypatch.setattr(Llama, "stream", stream)
-    codellama("chat", stdin="Hi\nAnd?\n")
-    assert asked == [True, True]
+    monkeypatch.setattr(Transformer, "hidden", hidden)
+    codellama("chat", stdin="Hi, who are you?\nAnd?\n")
+    prompts = [tokens for tokens in read if tokens > 1]
+    assert len(prompts) == 2
+    assert prompts[0] == first
+    assert prompts[1] < second - first  # nor what was said
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(
@@ -360,7 +370,7 @@ def assert_one_paragraph(err: str, message: str) -> None:
         (["complete", "x", "--dtype", "float16", "--device", "cpu"], "choose bfloat16 or float32"),
         (["complete", "x", "--rope_scaling", "spiral"], "spiral"),
         (["complete", "x", "--kv_dtype", "int8", "--compile"], "can't be compiled"),
-        (["complete", "x", "--top_p", "7"], "top_p is 7; it must be between"),
+        (["complete", "x", "--top_p", "7"], "top_p is 7; give a number, at least 0 and at most 1"),
         (["complete", "word " * 600], "larger max_seq_len"),
         (["info", "--ckpt_dir", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
     ],

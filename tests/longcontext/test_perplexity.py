@@ -151,8 +151,8 @@ def test_evaluator_with_another_tokenizer_is_refused(tiny_llama: Llama, plain_to
 
 def test_chunk_and_batch_change_nothing(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity(tiny_llama, FILES, (48, 100), bins=4)
-    monkeypatch.setattr(tiny_llama, "prefill_chunk", 7)
-    monkeypatch.setattr(tiny_llama.model.args, "max_batch_size", 1)
+    monkeypatch.setattr(tiny_llama.loop, "chunk", 7)
+    monkeypatch.setattr(tiny_llama.model, "cache", tiny_llama.model.new_cache(1, 128))
     parts = perplexity(tiny_llama, FILES, (48, 100), bins=4)
     for one, other in zip(
         [w.perplexity for w in whole.windows] + [b.nats_per_token for b in whole.positions.bins],
@@ -164,7 +164,7 @@ def test_chunk_and_batch_change_nothing(tiny_llama: Llama, monkeypatch: pytest.M
 
 def test_logits_are_never_kept_whole(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(tiny_llama, monkeypatch)
-    monkeypatch.setattr(tiny_llama, "prefill_chunk", 16)
+    monkeypatch.setattr(tiny_llama.loop, "chunk", 16)
     perplexity(tiny_llama, FILES, (96,), bins=2)
     assert max(spy.scored) <= 16
 

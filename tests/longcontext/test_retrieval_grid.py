@@ -17,13 +17,8 @@ from llama.evals.intervals import share
 from llama.evals.retrieval import DEPTHS, DIGITS, Cell, Retrieval, retrieval
 from llama.evals.sources import File
 from llama.generation import Llama
-from llama.longcontext.retrieval import (
-    command,
-    common_prefix,
-    effective_length,
-    retrieval_grid,
-    retrieval_in_order,
-)
+from llama.longcontext.retrieval import command, effective_length, retrieval_grid, retrieval_in_order
+from llama.lookup import agreeing
 from llama.tokenizer import Tokenizer
 
 SOURCES = [File(f"{i}.py", text) for i, text in enumerate(training_texts())]
@@ -87,8 +82,8 @@ def test_prompts_that_begin_alike_follow_each_other_and_none_is_asked_twice(toke
     retrieval_in_order(complete, tokenizer, SOURCES, [512], (0.0, 0.5, 0.75, 0.751), samples=3)
     assert len(set(asked)) == len(asked) < 12  # 0.75 and 0.751 are the same place
     ids = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in asked]
-    neighbours = sum(common_prefix(a, b) for a, b in pairwise(ids))
-    best = sum(max(common_prefix(a, b) for b in ids if b is not a) for a in ids)
+    neighbours = sum(agreeing(a, b) for a, b in pairwise(ids))
+    best = sum(max(agreeing(a, b) for b in ids if b is not a) for a in ids)
     assert neighbours >= best / 2  # of each pair, the second finds the first's
     assert neighbours > 3 * 200  # of each sample, half a prompt
 
@@ -103,29 +98,23 @@ def llama(tiny_checkpoint: Path) -> Llama:
 
 def test_reading_only_what_differs_gives_the_same_answers(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a random model nearly all answers are wrong, so the texts are compared, not the hits."""
-    answers: dict[bool, dict[str, str]] = {True: {}, False: {}}
-    stream, complete = llama.stream, llama.text_completion
+    answers: dict[str, str] = {}
+    stream = llama.stream
 
-    def noting_stream(prompts: Any, *args: Any, **settings: Any) -> Any:
+    def noting(prompts: Any, *args: Any, **settings: Any) -> Any:
         events = list(stream(prompts, *args, **settings))
-        if settings.get("reuse"):
-            text = llama.tokenizer.decode(prompts[0].tokens)
-            answers[True][text] = "".join(event.text for event in events)
+        answers[llama.tokenizer.decode(prompts[0].tokens)] = "".join(event.text for event in events)
         return iter(events)
 
-    def noting_completion(prompts: Any, **settings: Any) -> Any:
-        found = complete(prompts, **settings)
-        answers[False].update({p: f["generation"] for p, f in zip(prompts, found, strict=True)})
-        return found
-
-    monkeypatch.setattr(llama, "stream", noting_stream)
-    monkeypatch.setattr(llama, "text_completion", noting_completion)
     asked: dict[str, Any] = {"lengths": (256, 512), "depths": (0.0, 0.4, 0.8), "samples": 3}
-    one, other = retrieval_grid(llama, SOURCES, **asked), retrieval_grid(llama, SOURCES, **asked, reuse=False)
-    assert len(answers[True]) == one.prompts >= 15
-    assert answers[True] == answers[False]
-    assert one.found == other.found == retrieval(llama, SOURCES, **asked)
-    assert other.tokens_read == other.prompt_tokens > one.tokens_read
+    with monkeypatch.context() as watched:
+        watched.setattr(llama, "stream", noting)
+        grid = retrieval_grid(llama, SOURCES, **asked)
+    assert len(answers) == grid.prompts >= 15
+    whole = llama.text_completion([*answers], temperature=0.0, max_gen_len=DIGITS, reuse=False)
+    assert list(answers.values()) == [one["generation"] for one in whole]
+    assert grid.found == retrieval(llama, SOURCES, **asked)
+    assert grid.tokens_read < grid.prompt_tokens
 
 
 def test_tokens_that_are_said_to_be_read_are_those_that_were(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +173,6 @@ def test_length_beyond_the_model_is_refused_and_beyond_its_training_warned_of(ll
         retrieval_grid(llama, SOURCES, [384], depths=[0.0], samples=1, trained=256)
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-def test_grid_of_nothing_is_refused(llama: Llama, reuse: bool) -> None:
+def test_grid_of_nothing_is_refused(llama: Llama) -> None:
     with pytest.raises(ValueError, match="give at least one of each"):
-        retrieval_grid(llama, SOURCES, [], reuse=reuse)
+        retrieval_grid(llama, SOURCES, [])

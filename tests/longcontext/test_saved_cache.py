@@ -239,26 +239,49 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(
     assert saved.read_bytes() == before
 
 
-def test_only_what_is_known_is_saved(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_empty_row_is_not_saved(tiny_checkpoint: Path, tmp_path: Path) -> None:
     llama = build(tiny_checkpoint)
-    for spoil in (
-        lambda: None,
-        lambda: list(llama.stream([PROMPT, MORE], 1)),
-        lambda: (answer(llama, PROMPT, 1), llama.score([MORE])),
-    ):
-        spoil()
-        with pytest.raises(ValueError, match="stream one prompt"):
-            save_cache(llama, tmp_path / "a")
+    with pytest.raises(ValueError, match="stream one prompt"):
+        save_cache(llama, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_a_stream_that_still_runs_is_told(saved: Path, tiny_checkpoint: Path) -> None:
-    llama = build(tiny_checkpoint)
-    stream = llama.stream([MORE], 6, temperature=0)
-    next(stream)
-    load_cache(llama, saved)
-    with pytest.raises(ValueError, match="took the cache's rows"):
-        list(stream)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda llama: list(llama.stream([MORE, PROMPT[:30], PROMPT], 2)),
+        lambda llama: (answer(llama, PROMPT, 1), llama.score([MORE])),
+        lambda llama: next(llama.stream([PROMPT], 6)),
+    ],
+    ids=["several prompts", "a text that was scored", "a stream that is not at its end"],
+)
+def test_row_0_is_what_is_said_of_it_whatever_was_done(
+    use: Callable[[Llama], object], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64: what is restored is the tokens that save_cache has named."""
+    llama, other = build(tiny_checkpoint), build(tiny_checkpoint)
+    kept = use(llama)
+    tokens = save_cache(llama, tmp_path / "a")
+    assert len(tokens) >= 30
+    assert load_cache(other, tmp_path / "a") == tokens
+    spy = Spy(other, monkeypatch)
+    assert answer(other, [*tokens, 500, 501], 3) == greedy([*tokens, 500, 501], 3)
+    assert spy.read[0] == (1, 2)
+    assert kept is not None
+
+
+def test_a_stream_that_still_runs_reads_its_tokens_again(
+    saved: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has row 0, and what is restored there are not its keys and values."""
+    llama, other = build(tiny_checkpoint), [*MORE[:20], 500, *MORE[20:]]
+    stream = llama.stream([other], 6, temperature=0)
+    written = next(stream).tokens
+    assert load_cache(llama, saved) == PROMPT
+    spy = Spy(llama, monkeypatch)
+    written = written + [token for event in stream for token in event.tokens]
+    assert written == greedy(other, 6)
+    assert spy.read[0] == (1, len(other) - 20 + 1)
 
 
 # --- the digest -------------------------------------------------------------------------------------------------------
@@ -303,7 +326,7 @@ def test_commands_save_and_load(
 
     monkeypatch.setattr(Transformer, "hidden", counting)
     options: dict[str, Any] = {"ckpt_dir": str(tiny_checkpoint), "max_seq_len": SLOTS, "kv_dtype": "int8"}
-    path, text = str(tmp_path / "a"), "def add(first, second):\n    return"
+    path, text = str(tmp_path / "a"), "def add(first, second, third):\n    return"
     complete(text, temperature=0, max_gen_len=4, save_cache=path, **options)
     longer = text + " first + second\n"
     outputs, lengths = [], []
@@ -319,7 +342,7 @@ def test_commands_save_and_load(
     (tmp_path / "b.py").write_text("def one():\n    <FILL>\n", encoding="utf-8")
     infill(str(tmp_path / "b.py"), max_gen_len=4, save_cache=str(tmp_path / "b"), **options)
     infill(str(tmp_path / "b.py"), max_gen_len=4, load_cache=str(tmp_path / "b"), **options)
-    for lines in (["hello"], ["hello"]):
+    for lines in (["hello, is anybody there?"], ["hello, is anybody there?"]):
         coming = iter(lines)
         monkeypatch.setattr("builtins.input", lambda _="", coming=coming: next(coming, "/exit"))
         files = {"load_cache" if (tmp_path / "c").exists() else "save_cache": str(tmp_path / "c")}
@@ -335,7 +358,7 @@ def test_commands_save_and_load(
 def test_a_cache_that_was_replaced_is_not_remembered(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build(tiny_checkpoint)
     answer(llama, PROMPT, 1)
-    assert llama.model.own_cache().tokens[:-1] == PROMPT
+    assert llama.model.own_cache().tokens[0] == PROMPT
     llama.model.cache = int8_cache(llama.model)
     spy = Spy(llama, monkeypatch)
     answer(llama, MORE, 1)

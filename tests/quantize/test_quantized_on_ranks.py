@@ -38,7 +38,7 @@ def run(path: Path, word: str | None) -> tuple[dict[str, Tensor], Tensor]:
     with torch.device("meta"):
         model = Transformer(ARGS)
     checkpoint = Saved(path) if word is None else open_checkpoint(path)
-    with ranks.together():
+    with ranks.all_ranks():
         quantize_load(model, checkpoint, ranks, torch.float32, word)
     stored = {
         f"{name}.{key}": tensor

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from llama.evals.compression import xz_bits
-from llama.generation import Llama
 from llama.train.cli import COMMANDS
 from llama.train.report import cli, tables
 from llama.train.report.chapter import fill
@@ -144,7 +143,7 @@ def test_a_second_report_measures_nothing(made: Path, monkeypatch: pytest.Monkey
         raise AssertionError("measured again")
 
     before = (made / "chapter.md").read_text()
-    monkeypatch.setattr(Llama, "build", refuse)
+    monkeypatch.setattr("llama.train.report.cli.load", refuse)
     for name, stage in list(STAGES.items()):
         monkeypatch.setitem(STAGES, name, replace(stage, length=stage.length * 3 // 4))
     work = f"{made}/out.training"
