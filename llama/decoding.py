@@ -25,12 +25,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama.arguments import checked
 from llama.errors import LostRank, NotFinite, QueueFull
 from llama.lookup import agreeing
 from llama.model import Transformer
@@ -67,8 +69,20 @@ class Loop:
 
     # For callers -----------------------------------------------------------------------------------------------------
 
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that this model can't answer: in a step, it would harm the others."""
+        args, tokens, row = self.model.args, request.prompt.tokens, request.row
+        if not 0 < len(tokens) <= args.max_seq_len:
+            room = f"this model was built for 1 to {args.max_seq_len}: shorten it, or build with a larger max_seq_len"
+            raise ValueError(f"prompt {row} has {len(tokens)} tokens; {room}")
+        for name, ids in ((f"prompt {row}", tokens), ("logit_bias", request.sampling.logit_bias or ())):
+            if not all(0 <= token < args.vocab_size for token in ids):
+                raise ValueError(f"{name} has ids outside 0 to {args.vocab_size - 1}, the model's vocabulary")
+        checked("logprobs", request.logprobs or 0, (int, "at least", 0, args.vocab_size))
+
     def join(self, request: Request) -> None:
-        """Puts a request into the queue. Raises QueueFull where there is no place in it."""
+        """Puts a request into the queue. Raises QueueFull where there is no place in it, and ValueError as `check`."""
+        self.check(request)
         if request.limit == 0 and not (request.score and len(request.tokens) > 1):
             request.end("length")
             return
@@ -97,8 +111,10 @@ class Loop:
         coming, running = deque(requests), len(requests)
         try:
             while running:
-                while coming and len(self._waiting) < self.capacity:
-                    self.join(coming.popleft())
+                with suppress(QueueFull):
+                    while coming:
+                        self.join(coming[0])
+                        coming.popleft()
                 if not inbox:
                     self.step(inbox)
                 while inbox:
@@ -115,10 +131,8 @@ class Loop:
     def step(self, inbox: deque[Event | None] | None = None) -> None:
         """Moves everything on by one. With an `inbox`, returns as soon as something is in it."""
         if os.getpid() != self._process and torch.get_num_threads() > 1:
-            raise ValueError(
-                "this process was forked from the one that built the Llama, whose threads it lacks: build in the "
-                "forked process, start it by 'spawn', or call torch.set_num_threads(1) in it"
-            )
+            remedy = "build in this one, start it by 'spawn', or call torch.set_num_threads(1) in it"
+            raise ValueError(f"this process was forked from one that built the Llama, whose threads it lacks: {remedy}")
         if self._lost is not None:
             raise self._lost
         me = threading.get_ident()
@@ -152,6 +166,10 @@ class Loop:
         """Takes out what ended or leaves, and gives free rows to those that wait. False where nothing is left to do in
         this step: where others must hear first that somebody left, too."""
         cache = self.model.own_cache()
+        for request in self._rows[cache.rows :]:  # another cache, with fewer rows
+            request.held = []
+            self._waiting.extendleft([] if request.gone else [request])
+        del self._rows[cache.rows :]
         for row, request in enumerate(self._rows):
             if cache.tokens[row] is not request.held:  # another cache, or another's tokens
                 del cache.tokens[row][agreeing(cache.tokens[row], request.tokens) :]
@@ -226,10 +244,9 @@ class Loop:
             waiting = [] if self.ranks.leads else [self._waiting.popleft() for _ in range(len(self._waiting))]
             for request in (*joining, *waiting):
                 if request is not None:
-                    request.fail(ValueError(
-                        "the ranks were asked for different things, or their caches differ: call with the same prompts "
-                        "and settings, in the same order, on every rank"
-                    ))  # fmt: skip
+                    remedy = "call with the same prompts and settings, in the same order, on every rank"
+                    error = ValueError(f"the ranks were asked for different things, or their caches differ: {remedy}")
+                    request.end("error", error=error)
 
     def _place(self, request: Request) -> tuple[int, int]:
         """Gives the first free row to a request, with the longest beginning of its prompt that any row holds: in place
@@ -305,7 +322,7 @@ class Loop:
             found = logprobs_of(logits, self._moved(following).long()).squeeze(-1).tolist()
             request.prompt_logprobs += found
             if not all(map(math.isfinite, found)):
-                request.fail(NotFinite())
+                request.end("error", error=NotFinite())
 
     def _decode(self, n: int) -> None:
         """Reads the last token of rows 0 to n - 1, and what is guessed to follow it, and chooses what does."""
@@ -368,8 +385,11 @@ class Loop:
         mask = torch.ones(logits.shape, dtype=torch.bool, device="cpu")
         for request, guess, own in zip(rows, guesses, mask, strict=True):
             for t in range(len(guess) + 1):
-                found = None if request.allowed is None else request.allowed(request.answer + guess[:t])
-                own[t] = own[t] if found is None else found
+                try:
+                    found = None if request.allowed is None else request.allowed(request.answer + guess[:t])
+                    own[t] = own[t] if found is None else found
+                except Exception as error:  # its own, and nobody else's
+                    request.end("error", error=error)
                 own[t, list(request.stop_ids)] |= not own[t].any()
                 if t < len(guess) and not own[t, guess[t]]:
                     break  # no further guess can come true

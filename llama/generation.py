@@ -68,11 +68,9 @@ class Llama:
         memory, and makes others wait longer. `seed` begins the series of seeds for calls that don't give their own.
         `lookup` is how many tokens are guessed at a time from what stands before (lookup.py): faster where code repeats
         itself, and the same text."""
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.lookup = model, tokenizer, lookup
         self.ranks = ranks or start(device=model.norm.weight.device)
         self.loop = Loop(model, self.ranks, chunk=prefill_chunk)
-        self.lookup = lookup
         self._seeds = torch.Generator("cpu").manual_seed(seed)
 
     @classmethod
@@ -140,7 +138,7 @@ class Llama:
         QueueFull, NotFinite and LostRank.
         """
         asked = [self._prompt(row, prompt) for row, prompt in enumerate(listed("prompts", prompts))]
-        told = None if logprobs is False else int(logprobs is not True and logprobs)
+        told = None if logprobs is False else 0 if logprobs is True else logprobs
         return self.loop.run(self._requests(asked, max_gen_len, temperature, top_p, told, False, settings))
 
     def _requests(
@@ -161,33 +159,21 @@ class Llama:
             raise ValueError(f"{len(seeds)} seeds for {len(asked)} prompts: give one, or one for each")
         requests = []
         for row, (prompt, own) in enumerate(zip(asked, seeds, strict=True)):
-            self._check(row, prompt.tokens)
             room = self.model.args.max_seq_len - len(prompt.tokens)
             limit = room if max_gen_len is None else min(room, max_gen_len)
             sampling = Sampling(temperature, top_p, seed=own, **rest)
             told = prompt, limit, sampling, stop, logprobs, score, reuse, self.lookup
             requests.append(Request(self.tokenizer, *told, row=row, allowed=allowed))
+            self.loop.check(requests[-1])
         return requests
 
     def _prompt(self, row: int, prompt: Prompt | str | Sequence[int]) -> Prompt:
-        if isinstance(prompt, str):
-            return forms.completion(self.tokenizer, prompt)
-        if isinstance(prompt, Prompt):
-            return prompt
+        if isinstance(prompt, (str, Prompt)):
+            return forms.completion(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         try:
             return Prompt([operator.index(token) for token in prompt], frozenset({self.tokenizer.eos_id}))
         except TypeError:
             raise ValueError(f"prompt {row} is {prompt!r:.80}; give a text, a list of ids, or a Prompt") from None
-
-    def _check(self, row: int, tokens: Sequence[int]) -> None:
-        limit, words = self.model.args.max_seq_len, self.model.args.vocab_size
-        if not 0 < len(tokens) <= limit:
-            raise ValueError(
-                f"prompt {row} has {len(tokens)} tokens; this model was built for 1 to {limit}: shorten the prompt or "
-                "build with a larger max_seq_len"
-            )
-        if not all(0 <= token < words for token in tokens):
-            raise ValueError(f"prompt {row} has ids outside 0 to {words - 1}, the model's vocabulary")
 
     def score(self, texts: Iterable[str | Sequence[int]]) -> list[Details]:
         """The log-probability of each token of given texts (or ids) after those before it; None for the first.

@@ -89,7 +89,7 @@ class Request:
     def take(self, token: int, numbers: list[float]) -> Event:
         """The next token, with what `logprobs_of` says of it; the event says what is certain with it."""
         if token == NOT_FINITE:
-            return self.fail(NotFinite())
+            return self.end("error", error=NotFinite())
         if token in self.stop_ids:
             return self.end("stop")
         self.tokens.append(token)
@@ -103,9 +103,6 @@ class Request:
         text += self.stop_strings.push(self._text.flush())
         text += self.stop_strings.flush()
         return self._event(text, "stop" if self.stop_strings.found else reason, error)
-
-    def fail(self, error: Exception) -> Event:
-        return self.end("error", error=error)
 
     def _event(self, text: str, reason: FinishReason | None = None, error: Exception | None = None) -> Event:
         """Lets go of the tokens whose text has begun before the end of what is certain; at the end, of all that are

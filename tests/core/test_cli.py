@@ -369,7 +369,6 @@ def assert_one_paragraph(err: str, message: str) -> None:
         (["complete", "x", "--dtype", "float8"], "--dtype float8 is unknown; there are float32, bfloat16, float16"),
         (["complete", "x", "--dtype", "float16", "--device", "cpu"], "choose bfloat16 or float32"),
         (["complete", "x", "--rope_scaling", "spiral"], "spiral"),
-        (["complete", "x", "--kv_dtype", "int8", "--compile"], "can't be compiled"),
         (["complete", "x", "--top_p", "7"], "top_p is 7; give a number, at least 0 and at most 1"),
         (["complete", "word " * 600], "larger max_seq_len"),
         (["info", "--ckpt_dir", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),

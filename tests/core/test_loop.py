@@ -352,6 +352,33 @@ def test_a_mask_decides_what_may_come_next(tiny_llama: Llama) -> None:
         assert [t for event in events if event.row == 9 for t in event.tokens] == greedy(PROMPTS[5], N)
 
 
+def test_who_asks_for_what_cant_be_harms_nobody_else(tiny_llama: Llama, expected: list[list[int]]) -> None:
+    """A mask that fails ends its own request; what can be known before is refused before it joins."""
+
+    def broken(written: list[int]) -> Tensor | None:
+        if len(written) == 3:
+            raise KeyError("no such rule")
+        return None
+
+    good, bad = request(tiny_llama, PROMPTS[0]), request(tiny_llama, PROMPTS[4], allowed=broken)
+    for one in (good, bad):
+        tiny_llama.loop.join(one)
+    while not (good.gone and bad.gone):
+        tiny_llama.loop.step()
+    assert finished(good) == expected[0]
+    last = bad.inbox[-1]
+    assert last is not None
+    assert (last.finish_reason, bad.written, type(last.error)) == ("error", 3, KeyError)
+    for wrong, message in (
+        (request(tiny_llama, PROMPTS[0], logprobs=-1), "logprobs is -1"),
+        (request(tiny_llama, PROMPTS[0], logprobs=5000), "logprobs is 5000"),
+        (request(tiny_llama, [1, 5000]), "ids outside 0 to 1023"),
+        (request(tiny_llama, [1] * 500), "500 tokens; this model was built for 1 to 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_llama.loop.join(wrong)
+
+
 def test_penalties_are_the_definitions_over_a_whole_answer(tiny_llama: Llama) -> None:
     """Rows with and without them, with guesses for those that may guess."""
     prompt, settings = PROMPTS[4], {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7}

@@ -332,11 +332,6 @@ def test_penalties_and_biases_lower_what_the_definition_lowers(settings: dict[st
     assert torch.equal(again, batch.sample(SCORES.expand(2, 1, -1), nothing)[:1])
 
 
-def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="logit_bias has token 9; the model knows 0 to 7"):
-        Batch([(Sampling(logit_bias={9: 1.0}), [], [])], 8, SCORES.device)
-
-
 def test_what_a_mask_forbids_is_never_drawn() -> None:
     settings = Sampling(1.5, top_p=1.0)
     mask = torch.tensor([False, True, False, True, False, False, True, False])

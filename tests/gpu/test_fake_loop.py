@@ -46,12 +46,19 @@ class Reads:
         monkeypatch.setattr(FakeTensor, "tolist", without_numbers, raising=False)
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-@pytest.mark.parametrize("change", ["plain", "fast", "int8 cache"])
-@pytest.mark.parametrize("lookup", [0, 3])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("device", "change", "lookup", "settings"),
+    [
+        ("cuda", "plain", 0, "greedy"),
+        ("cuda", "plain", 3, "everything"),
+        ("cuda", "fast", 0, "everything"),
+        ("cuda", "int8 cache", 3, "drawn"),
+        ("mps", "plain", 3, "drawn"),
+        ("mps", "fast", 0, "everything"),
+    ],
+)
 def test_a_step_waits_once_and_copies_once(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, device: str, change: str, lookup: int, settings: Any
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, device: str, change: str, lookup: int, settings: str
 ) -> None:
     """Prompts side by side and in pieces, one with log-probabilities of its own, a prefix that is taken over, and then
     steps of rows that stay the same: these are counted."""
@@ -63,7 +70,7 @@ def test_a_step_waits_once_and_copies_once(
         model.cache = int8_cache(model) if change == "int8 cache" else model.new_cache(4, 160)
         loop = Loop(model, Ranks(0, 1, there, None), chunk=24)
         prompts = [[1, *range(20, 20 + n)] for n in (5, 40, 18)]
-        told = {"sampling": Sampling(**settings), "lookup": lookup}
+        told = {"sampling": Sampling(**SETTINGS[settings]), "lookup": lookup}
         requests = [
             Request(tokenizer, Prompt(prompt, frozenset()), 60, **told, row=i) for i, prompt in enumerate(prompts)
         ]

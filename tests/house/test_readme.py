@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,10 +28,14 @@ def test_there_is_something_to_run() -> None:
     assert sum(language == "python" for language, _ in BLOCKS) >= 1
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
-def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block, "README.md", "exec"), {})
+def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """One block after the other, as a reader would paste them."""
+    names: dict[str, Any] = {}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), names)
     assert capsys.readouterr().out.strip(), "the stream printed nothing"
+    assert len(names["answers"]) == len(names["texts"])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "CodeLlama-" not in c and "--help" not in c])
