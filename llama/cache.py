@@ -35,8 +35,8 @@ class Span:
     device: torch.device
     row: int = 0
     """The first of the cache's rows that the tokens belong to."""
-    first: Tensor | None = None
-    """`starts` (B or 1, 1) where they are on the device already; a copy from the host is a wait saved."""
+    given: Tensor | None = None
+    """(B, more than T) on the device: the T new tokens, then `starts`: so both come from the host in one copy."""
     _positions: Tensor | None = None
     _mask: Tensor | None = None
 
@@ -49,7 +49,8 @@ class Span:
     def positions(self) -> Tensor:
         """(B or 1, T) int64: the slot that each new token writes; it sees the slots up to that one."""
         if self._positions is None:
-            first = torch.tensor(self.starts, device=self.device)[:, None] if self.first is None else self.first
+            known = None if self.given is None else self.given[: len(self.starts), self.T, None]
+            first = torch.tensor(self.starts, device=self.device)[:, None] if known is None else known
             self._positions = first + torch.arange(self.T, device=self.device)
         return self._positions
 
@@ -102,31 +103,27 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def span(
-        self, start_pos: int | Sequence[int] | Tensor, B: int, T: int, row: int = 0, first: Tensor | None = None
+        self, start_pos: int | Sequence[int] | Tensor, B: int, T: int, row: int = 0, given: Tensor | None = None
     ) -> Span:
-        """Places T new tokens of B rows, from `row` on, at `start_pos`: one position, or one for each row. `first` is
-        the same (B, 1) on the device, if it is there. What the rows held from these positions on is forgotten.
+        """Places T new tokens of B rows, from `row` on, at `start_pos`: one position, or one for each row; `given` is
+        Span's. What the rows held from these positions on is forgotten.
 
         Raises ValueError where the rows or the slots don't suffice.
         """
-        given = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
-        starts = [given] * B if isinstance(given, int) else list(given)
+        where = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
+        starts = [where] * B if isinstance(where, int) else list(where)
         if len(starts) != B or not 0 <= row <= self.rows - B:
-            raise ValueError(
-                f"{B} rows of tokens from row {row} on with {len(starts)} start positions; the cache has {self.rows} "
-                "rows (max_batch_size) and wants one start position, or one for each row"
-            )
+            allowed = f"the cache has {self.rows} rows (max_batch_size); give one start position, or one for each row"
+            raise ValueError(f"{B} rows of tokens from row {row} on with {len(starts)} start positions: {allowed}")
         low, end = min(starts), max(starts) + T
         if low < 0 or end > self.slots:
-            raise ValueError(
-                f"tokens at positions {low} to {end - 1}; the cache has slots 0 to {self.slots - 1}: "
-                f"build with max_seq_len of at least {end}"
-            )
+            allowed = f"the cache has slots 0 to {self.slots - 1}: build with max_seq_len of at least {end}"
+            raise ValueError(f"tokens at positions {low} to {end - 1}; {allowed}")
         self.forget(row, starts)
         aligned = low == end - T
         visible = end if T > 1 else min(-(-end // self.bucket) * self.bucket, self.slots)
         stores = self.keys[0]
-        return Span(starts[:1] if aligned else starts, T, visible, stores.dtype, stores.device, row, first)
+        return Span(starts[:1] if aligned else starts, T, visible, stores.dtype, stores.device, row, given)
 
     def forget(self, row: int = 0, starts: Sequence[int] | None = None) -> None:
         """Rows from `row` on no longer hold the tokens from `starts` on; without them, no row holds any."""

@@ -64,15 +64,11 @@ class ModelArgs:
             if (name, value) not in (("vocab_size", -1), ("ffn_dim_multiplier", None)):
                 setattr(self, name, checked(name, value, allowed))
         if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                f"dim {self.dim} can't be cut into n_heads {self.n_heads} heads of an even size; "
-                "choose dim a multiple of 2 x n_heads"
-            )
+            cut = f"can't be cut into n_heads {self.n_heads} heads of an even size"
+            raise ValueError(f"dim {self.dim} {cut}; choose dim a multiple of 2 x n_heads")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}; "
-                "each KV head must serve equally many query heads"
-            )
+            rule = "each KV head must serve equally many query heads"
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}; {rule}")
 
     @property
     def head_dim(self) -> int:

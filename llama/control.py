@@ -103,10 +103,13 @@ class Processes:
                 raise self.lost() from None
             raise
 
-    @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
         """A block in which the ranks count on each other: Ctrl-C waits for its end, and a lost rank is named."""
-        with uninterrupted() if self.world_size > 1 else contextlib.nullcontext(), self.named_loss():
+        return contextlib.nullcontext() if self.world_size == 1 else self._undisturbed()
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with uninterrupted(), self.named_loss():
             yield
 
     def broadcast_object(self, value: Any) -> Any:

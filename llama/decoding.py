@@ -24,11 +24,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,9 +63,9 @@ class Loop:
         self._waiting: deque[Request] = deque()
         self._someone_leaves = False
         self._batch: tuple[list[Request], Batch] | None = None
-        self._changed = threading.Condition()
-        self._stepper: int | None = None  # the thread that is in a step
-        self._process = os.getpid()
+        self._changed, self._process = threading.Condition(), os.getpid()
+        self._turn, self._others = threading.Lock(), 0  # held by the thread in a step; how many wait for it
+        self._stepper: int | None = None
         self._lost: LostRank | None = None
 
     # For callers -----------------------------------------------------------------------------------------------------
@@ -135,15 +136,17 @@ class Loop:
             raise ValueError(f"this process was forked from one that built the Llama, whose threads it lacks: {remedy}")
         if self._lost is not None:
             raise self._lost
-        me = threading.get_ident()
-        with self._changed:
-            while self._stepper is not None:
-                if self._stepper == me:
-                    return  # a stream that was dropped, and is closed in the middle of a step
-                self._changed.wait()
-                if inbox:
-                    return
-            self._stepper = me
+        if self._stepper == threading.get_ident():
+            return  # a stream that was dropped, and is closed in the middle of a step
+        if not (mine := self._turn.acquire(blocking=False)):
+            with self._changed:
+                self._others += 1
+                while not (inbox or (mine := self._turn.acquire(blocking=False))):
+                    self._changed.wait()
+                self._others -= 1
+        if not mine:
+            return
+        self._stepper = threading.get_ident()
         try:
             with self.ranks.undisturbed(), torch.inference_mode():
                 if self._admit():
@@ -156,9 +159,11 @@ class Loop:
             self._lost = error
             raise
         finally:
-            with self._changed:
-                self._stepper = None
-                self._changed.notify_all()
+            self._stepper = None
+            self._turn.release()
+            if self._others:
+                with self._changed:
+                    self._changed.notify_all()
 
     # Who has which row -----------------------------------------------------------------------------------------------
 
@@ -174,7 +179,8 @@ class Loop:
             if cache.tokens[row] is not request.held:  # another cache, or another's tokens
                 del cache.tokens[row][agreeing(cache.tokens[row], request.tokens) :]
                 request.held = cache.tokens[row]
-        del self._rows[self._gather(lambda request: not request.gone) :]
+        if any(request.gone for request in self._rows):
+            del self._rows[self._gather(lambda request: not request.gone) :]
         left, joining = self._decided() if self.ranks.leads else ([], [])
         if self.ranks.world_size > 1 and not (self.ranks.leads and not (left or joining or self._rows)):
             left, joining = self._announced(left, joining)
@@ -189,6 +195,8 @@ class Loop:
         """Of rank 0: who leaves, and who gets a row."""
         left: list[Request] = []
         joining: list[Request] = []
+        if not (self._waiting or self._someone_leaves):
+            return [], []
         with self._changed:
             if self._someone_leaves:
                 self._someone_leaves = False
@@ -225,8 +233,7 @@ class Loop:
     def _waiting_for(self, asked: Any) -> Request | None:
         """The request of this rank's queue that asks for just that; None where there is none. Another thread may be
         about to bring it."""
-        others = [thread for thread in threading.enumerate() if not thread.daemon]
-        end = time.monotonic() + (self.ranks.timeout if len(others) > 1 else 0)
+        end = time.monotonic() + self.ranks.timeout * (sum(not t.daemon for t in threading.enumerate()) > 1)
         with self._changed:
             while (request := next((r for r in self._waiting if r.asked == asked), None)) is None:
                 if not self._changed.wait(end - time.monotonic()):
@@ -297,8 +304,8 @@ class Loop:
                 done.append(request)
                 last.append(own[len(piece) - 1])
         if done:
-            draws = self._moved([request.draws(request.written, 1) for request in done])
-            self._choose(done, self.model.logits(torch.stack(last)).unsqueeze(1), [[]] * len(done), draws)
+            given = self._moved([request.draws(request.written, 1) for request in done])
+            self._choose(done, self.model.logits(torch.stack(last)).unsqueeze(1), [[]] * len(done), given)
 
     def _piece(self, row: int) -> tuple[list[Request], int]:
         """What is read next: some rows from `row` on, and how many tokens of each. A piece of a long prompt, or several
@@ -319,7 +326,7 @@ class Loop:
         following = request.prompt.tokens[len(request.held) + 1 :][: len(h)]
         if following:
             logits = self.model.logits(h[: len(following)])
-            found = logprobs_of(logits, self._moved(following).long()).squeeze(-1).tolist()
+            found = logprobs_of(logits, self._moved(following)).squeeze(-1).tolist()
             request.prompt_logprobs += found
             if not all(map(math.isfinite, found)):
                 request.end("error", error=NotFinite())
@@ -335,48 +342,56 @@ class Loop:
             [r.tokens[-1], *guess, *[0] * (longest - len(guess)), len(r.held), *r.draws(r.written, T)]
             for r, guess in zip(rows, guesses, strict=True)
         ])  # fmt: skip
-        h = self._hidden(given[:, :T], rows, 0, given[:, T : T + 1])
+        h = self._hidden(given[:, :T], rows, 0, given)
         for request in rows:
             request.held.append(request.tokens[-1])
-        self._choose(rows, self.model.logits(h), guesses, given[:, T + 1 :])
-        for request in rows:
+        self._choose(rows, self.model.logits(h), guesses, given)
+        for request in rows if longest else ():
             request.held += request.tokens[len(request.held) : -1]  # guesses that came true
 
     def _moved(self, numbers: Sequence[Any]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(self.ranks.device)
+        return torch.from_numpy(np.array(numbers, np.int64)).to(self.ranks.device)  # a third of torch.tensor's time
 
-    def _hidden(self, tokens: Tensor, rows: Sequence[Request], row: int, first: Tensor | None = None) -> Tensor:
+    def _hidden(self, tokens: Tensor, rows: Sequence[Request], row: int, given: Tensor | None = None) -> Tensor:
         """The hidden states (B, T, dim) of tokens (B, T) that follow what the rows hold."""
         cache = self.model.own_cache()
-        span = cache.span([len(request.held) for request in rows], len(rows), tokens.shape[1], row, first)
+        span = cache.span([len(request.held) for request in rows], len(rows), tokens.shape[1], row, given)
         return self.model.hidden(tokens, span, cache)
 
-    def _choose(self, rows: list[Request], logits: Tensor, guesses: Sequence[list[int]], draws: Tensor) -> None:
-        """A token for each row from logits (B, T, V), and as long as it is the one guessed, another. Rank 0 tells the
-        others before anybody hears of it."""
-        B, T, V = logits.shape
-        chosen = torch.empty(B, T, dtype=torch.int64, device=logits.device)
+    def _choose(self, rows: list[Request], logits: Tensor, guesses: Sequence[list[int]], given: Tensor) -> None:
+        """A token for each row from logits (B, T, V), and as long as it is the one guessed, another, by the draws that
+        end `given`. Rank 0 tells the others before anybody hears of it."""
+        if self._batch is None or self._batch[0] != rows:
+            asked = [(request.sampling, request.prompt.tokens, request.answer) for request in rows]
+            self._batch = rows, Batch(asked, logits.shape[-1], logits.device)
         if self.ranks.leads:
-            if self._batch is None or self._batch[0] != rows:
-                asked = [(request.sampling, request.prompt.tokens, request.answer) for request in rows]
-                self._batch = rows, Batch(asked, V, logits.device)
-            chosen = self._batch[1].sample(logits, draws.view(torch.float32), self._mask(rows, guesses, logits))
-        chosen = self.ranks.broadcast(chosen)
-        asking = [row for row, request in enumerate(rows) if request.logprobs is not None]
-        k = max((rows[row].logprobs or 0 for row in asking), default=0)
-        found = chosen.flatten()
-        if asking:  # in one tensor, so that a GPU is waited for once
-            own = (x if len(asking) == B else torch.stack([x[row] for row in asking]) for x in (logits, chosen))
-            found = torch.cat((found.float(), logprobs_of(next(own), next(own).clamp_min(0), k).flatten()))
-        values, width = found.tolist(), 1 + 2 * k
-        for row, (request, guess) in enumerate(zip(rows, guesses, strict=True)):
-            tokens = [int(value) for value in values[row * T : (row + 1) * T]]
-            at = B * T + asking.index(row) * T * width if row in asking else len(values)
-            right = agreeing(guess, tokens)
-            for t in range(right + 1):
+            chosen = self._batch[1].sample(logits, given, self._mask(rows, guesses, logits))
+        else:
+            chosen = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
+        told = self._told(rows, logits, self.ranks.broadcast(chosen))
+        for request, guess, (tokens, numbers) in zip(rows, guesses, told, strict=True):
+            right = agreeing(guess, tokens) if guess else 0
+            for token, own in zip(tokens[: right + 1], numbers, strict=False):
                 if not request.gone:
-                    request.take(tokens[t], values[at + t * width : at + (t + 1) * width])
+                    request.take(token, own)
             request.lookup.learn(len(guess), right)
+
+    def _told(
+        self, rows: list[Request], logits: Tensor, chosen: Tensor
+    ) -> Iterable[tuple[list[int], list[list[float]]]]:
+        """Of each row the tokens (T), and where it asks for them, what `logprobs_of` says of each."""
+        (B, T), asking = chosen.shape, [row for row, request in enumerate(rows) if request.logprobs is not None]
+        if not asking:
+            return zip(chosen.tolist(), [[[]] * T] * B, strict=True)
+        k = max(rows[row].logprobs or 0 for row in asking)
+        own = (x if len(asking) == B else torch.stack([x[row] for row in asking]) for x in (logits, chosen))
+        numbers = logprobs_of(next(own), next(own).clamp_min(0), k)
+        found = torch.cat((chosen.float().flatten(), numbers.flatten())).tolist()  # a GPU is waited for once
+        width = len(found[B * T :]) // (len(asking) * T)
+        told = [found[at : at + width] for at in range(B * T, len(found), width)]
+        of_rows = {row: told[i * T : (i + 1) * T] for i, row in enumerate(asking)}
+        tokens = [[int(token) for token in found[row * T : (row + 1) * T]] for row in range(B)]
+        return [(tokens[row], of_rows.get(row, [[]] * T)) for row in range(B)]
 
     def _mask(self, rows: Sequence[Request], guesses: Sequence[list[int]], logits: Tensor) -> Tensor | None:
         """(B, T, V): what may come next, by the requests' own functions; where nothing may, what ends the answer."""

@@ -106,11 +106,11 @@ class Llama:
             args.rope_scaling = args.rope_scaling if rope_scaling is None else rope_scaling
             tokenizer = Tokenizer(checkpoint.tokenizer_path if tokenizer_path is None else tokenizer_path)
             if tokenizer.n_words != args.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {tokenizer.n_words} pieces but the embedding in {checkpoint.path} has "
-                    f"{args.vocab_size} rows: use the tokenizer.model that came with this checkpoint "
-                    "(the Python models have 32000 pieces, those that infill 32016)"
+                found = f"{tokenizer.n_words} pieces but the embedding in {checkpoint.path} has {args.vocab_size} rows"
+                remedy = (
+                    "use the tokenizer.model that came with this checkpoint (32000 pieces, or 32016 with infilling)"
                 )
+                raise ValueError(f"the tokenizer has {found}: {remedy}")
             with torch.device("meta"):
                 model = Transformer(args)
             load(model, checkpoint, ranks, dtype)

@@ -78,10 +78,8 @@ def start(
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its sizes by print()
                 groups.initialize_model_parallel(size)
         if groups.get_model_parallel_world_size() != size:
-            raise ValueError(
-                f"model_parallel_size {size}, but this process already belongs to a group of "
-                f"{groups.get_model_parallel_world_size()}; use that, or start afresh"
-            )
+            there = groups.get_model_parallel_world_size()
+            raise ValueError(f"model_parallel_size {size}, but this process is in a group of {there}: use that")
         ranks = replace(ranks, rank=groups.get_model_parallel_rank(), control=_control_group(size, timeout))
     with ranks.all_ranks():  # a device may suit one rank alone
         return replace(ranks, device=own_device(device, world_size))

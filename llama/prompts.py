@@ -98,10 +98,8 @@ def check_dialog(messages: Dialog) -> None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or turns[-1] != "user":
-        raise ValueError(
-            f"the dialog's roles are {roles}; allowed are an optional system message, then user and assistant in turn, "
-            "with a user message last"
-        )
+        allowed = "an optional system message, then user and assistant in turn, with a user message last"
+        raise ValueError(f"the dialog's roles are {roles}; allowed are {allowed}")
 
 
 def _inst(tokenizer: Tokenizer, messages: Dialog) -> Prompt:

@@ -216,10 +216,8 @@ def spectrum(head_dim: int, theta: float, scaling: RopeScaling | None, length: i
     except (ArithmeticError, TypeError) as error:
         raise ValueError(f"rope_scaling {scaling} can't be used for heads of {head_dim} ({error})") from error
     if found.inv_freq.shape != (head_dim // 2,):
-        raise ValueError(
-            f"{name!r} gives frequencies of shape {tuple(found.inv_freq.shape)}; a scheme gives one for each of the "
-            f"{head_dim // 2} pairs, and an attention scale"
-        )
+        right = f"a scheme gives one for each of the {head_dim // 2} pairs, and an attention scale"
+        raise ValueError(f"{name!r} gives frequencies of shape {tuple(found.inv_freq.shape)}; {right}")
     return found
 
 

@@ -107,9 +107,9 @@ class Batch:
     ) -> None:
         """Of each row the settings, and what penalties count: the prompt's tokens and the answer's so far."""
         settings = [sampling for sampling, _, _ in rows]
-        self._greedy = [s.temperature == 0 for s in settings]
         drawn = [s for s in settings if s.temperature > 0]
-        self._cuts, self._cuts_min = any(s.top_p < 1 or s.top_k for s in drawn), any(s.min_p for s in drawn)
+        self._draws, self._cuts_min = bool(drawn), any(s.min_p for s in drawn)
+        self._cuts = any(s.top_p < 1 or s.top_k for s in drawn)
         columns = [
             [s.temperature == 0, s.temperature or 1.0, s.top_p, s.top_k or vocabulary, s.min_p, *s.penalties]
             for s in settings
@@ -132,22 +132,23 @@ class Batch:
                     bias[row, 0, token] = value
             self._bias = bias.to(device)
 
-    def sample(self, logits: Tensor, draws: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def sample(self, logits: Tensor, given: Tensor, allowed: Tensor | None = None) -> Tensor:
         """One token for each position of logits (B, T, V) float32, as if those before it were taken: (B, T) int64,
-        NOT_FINITE where a logit is not. `draws` (B, T) are between 0 and 1; `allowed` (B, T, V) says which may be.
+        NOT_FINITE where a logit is not. The last T columns of `given` are the bits of `Draws`; `allowed` (B, T,
+        V) says which tokens may be.
 
         What penalties count are the first tokens; rows that have some take no others.
         """
-        finite = logits.amax(-1).isfinite() if self._bias is not None or allowed is not None else None
+        before = logits.amax(-1) if self._bias is not None or allowed is not None else None
         logits = self._adjusted(logits)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
         largest, chosen = logits.max(-1)  # NaN where there is one
-        finite = largest.isfinite() if finite is None else finite
-        if not all(self._greedy):
-            drawn = self._drawn(logits - largest.unsqueeze(-1), draws)
-            chosen = torch.where(self._table[0, ..., 0] > 0, chosen, drawn) if any(self._greedy) else drawn
-        chosen = torch.where(finite, chosen, NOT_FINITE)
+        if self._draws:
+            drawn = self._drawn(logits - largest.unsqueeze(-1), given[:, -logits.shape[1] :].int().view(torch.float32))
+            chosen = torch.where(self._table[0].squeeze(-1) > 0, chosen, drawn)
+        found = largest if before is None else before
+        chosen.masked_fill_(found - found != 0, NOT_FINITE)  # a third of isfinite's time
         if self._counts is not None:
             first = chosen[:, :1].clamp_min(0).unsqueeze(1)
             self._counts.scatter_add_(-1, first, torch.ones_like(first, dtype=self._counts.dtype))

@@ -67,9 +67,9 @@ class Int8Cache(KVCache):
         self.dtype = dtype
 
     def span(
-        self, start_pos: int | Sequence[int] | Tensor, B: int, T: int, row: int = 0, first: Tensor | None = None
+        self, start_pos: int | Sequence[int] | Tensor, B: int, T: int, row: int = 0, given: Tensor | None = None
     ) -> Span:
-        return dataclasses.replace(super().span(start_pos, B, T, row, first), dtype=self.dtype)
+        return dataclasses.replace(super().span(start_pos, B, T, row, given), dtype=self.dtype)
 
     def pack(self, x: Tensor) -> Tensor:
         """The new tokens see each other as later ones will see them: quantised. So it makes no difference in which

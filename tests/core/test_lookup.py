@@ -65,7 +65,7 @@ class Counting:
         hidden = Transformer.hidden
 
         def count(model: Transformer, tokens: Tensor, start_pos: Any = None, cache: Any = None) -> Tensor:
-            if start_pos.first is not None:
+            if start_pos.given is not None:
                 self.widths.append(tokens.shape[1])
             return hidden(model, tokens, start_pos, cache)
 
@@ -145,7 +145,7 @@ def test_sampling_keeps_its_distribution() -> None:
     logits = torch.tensor([[[0.0, 1.0, 2.0], [1.5, 0.0, 0.5]]])
     first, second = torch.softmax(logits[0], -1).tolist()
     n, settings = 20_000, Sampling(1.0, 1.0)
-    numbers = torch.tensor(Draws(settings)(0, 2 * n), dtype=torch.int32).view(torch.float32).view(n, 2)
+    numbers = torch.tensor(Draws(settings)(0, 2 * n)).view(n, 2)
     chosen = Batch([(settings, [], [])] * n, 3, logits.device).sample(logits.expand(n, -1, -1), numbers)
     counts = Counter((a, b) if a == 2 else (a,) for a, b in chosen.tolist())  # another first token ends the guess
     expected: dict[tuple[int, ...], float] = {(0,): first[0], (1,): first[1]}

@@ -19,7 +19,7 @@ DRAWS = 20_000
 def sample(scores: Tensor, settings: Sequence[Sampling], numbers: Sequence[list[int]]) -> Tensor:
     """A token for each row of scores (B, V), by `numbers`, the bits of one draw for each."""
     batch = Batch([(s, [], []) for s in settings], scores.shape[-1], scores.device)
-    return batch.sample(scores[:, None], torch.tensor(numbers, dtype=torch.int32).view(torch.float32))[:, 0]
+    return batch.sample(scores[:, None], torch.tensor(numbers))[:, 0]
 
 
 def firsts(settings: Sequence[Sampling], at: int = 0) -> list[list[int]]:
@@ -322,7 +322,7 @@ def test_penalties_and_biases_lower_what_the_definition_lowers(settings: dict[st
     own, plain = Sampling(0.0, **settings), Sampling(0.0)
     prompt, before = [0, 0, 5], [1, 2, 2]
     batch = Batch([(own, prompt, before), (plain, prompt, before)], 8, SCORES.device)
-    answer, nothing = list(before), torch.zeros(2, 1)
+    answer, nothing = list(before), torch.zeros(2, 1, dtype=torch.int64)
     for step in torch.randn(12, 8):
         chosen = batch.sample((SCORES + step).expand(2, 1, -1), nothing)
         expected = penalised((SCORES + step).tolist(), own, prompt, answer)
@@ -335,7 +335,7 @@ def test_penalties_and_biases_lower_what_the_definition_lowers(settings: dict[st
 def test_what_a_mask_forbids_is_never_drawn() -> None:
     settings = Sampling(1.5, top_p=1.0)
     mask = torch.tensor([False, True, False, True, False, False, True, False])
-    n, numbers = 3000, torch.tensor([Draws(settings)(0, 3000)], dtype=torch.int32).view(torch.float32)
+    n, numbers = 3000, torch.tensor([Draws(settings)(0, 3000)])
     batch = Batch([(settings, [], [])], 8, SCORES.device)
     tokens = batch.sample(SCORES.expand(1, n, -1), numbers, mask.expand(1, n, -1))
     probs = [p * m for p, m in zip(exact(SCORES.tolist(), 1.5), mask.tolist(), strict=True)]
@@ -352,5 +352,5 @@ def test_logits_that_are_not_finite_give_no_token(temperature: float, wrong: flo
     batch = Batch([(Sampling(temperature), [], [])] * 2, 8, scores.device)
     mask = torch.ones(2, 3, 8, dtype=torch.bool)
     mask[..., 4] = False
-    found = batch.sample(scores, torch.full((2, 3), 0.5), mask if masked else None)
+    found = batch.sample(scores, torch.full((2, 3), 1 << 29), mask if masked else None)
     assert (found == NOT_FINITE).nonzero().tolist() == [[1, 2]]

@@ -65,7 +65,7 @@ def quantised_(model: Transformer, word: str) -> Transformer:
 def steps(model: Transformer, cache: KVCache, device: torch.device) -> None:
     """Prompts whole and in pieces, steps of rows at one position and at their own, from the first row on and not."""
     tokens = torch.zeros(2, 20, dtype=torch.int64)
-    one, first = tokens[:, :1].int(), torch.zeros(2, 1, dtype=torch.int32)
+    one, first = tokens[:, :1].int(), torch.zeros(2, 2, dtype=torch.int32)
     for part, start in (
         (tokens, 0),
         (tokens[:, :7], cache.span(20, 2, 7)),
@@ -157,9 +157,9 @@ def test_a_step_needs_one_copy_and_no_wait() -> None:
     """Of the positions; and none where they are on the device already. tests/core counts those of the loop."""
     with on("cuda", torch.bfloat16):
         model = speed_up_(Transformer(ARGS).requires_grad_(False))
-        cache, token = model.own_cache(), torch.zeros(2, 1, dtype=torch.int32)
+        cache, token = model.own_cache(), torch.zeros(2, 2, dtype=torch.int32)
         model.hidden(token, 0, cache)  # what is made once: tables
-        first = torch.zeros(2, 1, dtype=torch.int32)
+        first = torch.zeros(2, 2, dtype=torch.int32)
         for span, copies in ((cache.span([7, 3], 2, 1), 1), (cache.span([8, 4], 2, 1, 0, first), 0)):
             with Crossings() as crossings:
                 model.logits(model.hidden(token, span, cache))

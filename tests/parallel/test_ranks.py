@@ -64,7 +64,7 @@ def test_more_ranks_than_processes_names_the_launcher() -> None:
 def test_another_size_after_the_start_is_refused() -> None:
     for first, second in on_ranks(_start_with, 2, [2, 1]):
         assert first[1] == 2
-        assert "model_parallel_size 1, but this process already belongs to a group of 2" in second
+        assert "model_parallel_size 1, but this process is in a group of 2" in second
 
 
 def _alone(_: str) -> tuple[list[str], bool]:
