@@ -24,6 +24,7 @@ from torch import Tensor
 from llama.arguments import checked
 from llama.checkpoint import check_sizes, check_weight, recut
 from llama.config import RANGES, ModelArgs, RopeScaling
+from llama.interop.huggingface import note_context
 from llama.rope import spectrum
 
 _NAMES = {
@@ -119,6 +120,7 @@ class GGUF:
             spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        note_context(self.path, self._value("llama.context_length"), **limits)
         return replace(args, **limits)
 
     def _value(self, key: str, default: Any = None) -> Any:

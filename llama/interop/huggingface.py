@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,7 @@ class HuggingFace:
             check_sizes(args, self.names(), dim)
         except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
+        note_context(self.path, self.config.get("max_position_embeddings"), **limits)
         return replace(args, **limits)
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
@@ -216,6 +218,16 @@ _REQUIRED = {
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
 }
+
+
+def note_context(path: Path, made_for: Any, max_seq_len: int = 0, **_: Any) -> None:
+    """Warns where a cache is to be longer than the context that a file says it was made for."""
+    if isinstance(made_for, int) and max_seq_len > made_for:
+        warnings.warn(
+            f"{path}: max_seq_len {max_seq_len} is beyond the {made_for} tokens that it says it was made for; whether "
+            "it is of use there, `codellama longcontext perplexity` measures",
+            stacklevel=3,
+        )
 
 
 def sizes(config: dict[str, Any]) -> dict[str, Any]:

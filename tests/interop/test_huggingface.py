@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -458,3 +459,13 @@ def test_without_the_library_one_sentence_says_what_to_install(saved: Path, monk
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ValueError, match=r"pip install 'codellama\[hf\]'"):
         HuggingFace(saved)
+
+
+def test_a_cache_beyond_the_context_of_the_file_is_noted(folder: Path) -> None:
+    change_config(folder, max_position_embeddings=128)
+    with pytest.warns(UserWarning, match=r"max_seq_len 512 is beyond the 128 tokens that it says it was made for"):
+        open_checkpoint(folder).args(max_seq_len=512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_checkpoint(folder).args(max_seq_len=128)
+        open_checkpoint(folder).args()
