@@ -30,6 +30,26 @@ settings.register_profile("project", derandomize=True, deadline=None, database=N
 settings.load_profile("project")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what stands on a fixture that takes most of a minute to make, and the kernels in vectors of another
+    width than this processor's, which have to be compiled and emulated."""
+    for item in items:
+        given = set(getattr(item, "fixturenames", ()))
+        way = getattr(item, "callspec", None) and item.callspec.params.get("lanes")  # type: ignore[attr-defined]
+        way = "tiles" if "tiles" in given else way
+        whole = item.path.stem in ("test_report", "test_reproduce", "test_chapter") and given & {"made", "printed"}
+        if whole or (item.path.parent.name == "kernels" and way not in (None, own_vectors())):
+            item.add_marker(pytest.mark.slow)
+
+
+def own_vectors() -> str:
+    """This processor's own way in tests/kernels, as far as PyTorch knows it: nothing is compiled to find out."""
+    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return "tiles"
+    return {"AVX512": "16 lanes", "AVX2": "8 lanes"}.get(torch.backends.cpu.get_cpu_capability(), "4 lanes")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """What a test draws, it draws again whatever ran before it."""

@@ -41,8 +41,12 @@ def compiled(model: Transformer, lookup: int = 0) -> object:
     return compile_(model, chunk=16, progress=False, lookup=lookup, backend="aot_eager")
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4"])
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", *(pytest.param(word, marks=pytest.mark.slow) for word in ("int8-dynamic", "int4"))]
+)
+@pytest.mark.parametrize(
+    "fused", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="fused")]
+)
 def test_quantised_models_are_compiled_too(tiny_llama: Llama, scheme: str, fused: bool) -> None:
     """Their weights are nothing that a compiler knows."""
     quick = twin(tiny_llama, lambda model: quantize_(model, scheme))
@@ -54,7 +58,9 @@ def test_quantised_models_are_compiled_too(tiny_llama: Llama, scheme: str, fused
         assert greedy(quick) == expected
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "fused", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="fused")]
+)
 def test_the_text_is_the_same_and_nothing_is_compiled_after_the_start(tiny_llama: Llama, fused: bool) -> None:
     """Ragged prompts read in chunks, rows that leave, guesses of several tokens, up to the cache's last slot."""
     expected = greedy(tiny_llama)
@@ -222,7 +228,9 @@ def test_an_int8_cache_is_compiled_as_well(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(both[1], both[0], rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "fused", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="fused")]
+)
 def test_bfloat16_is_compiled_as_well(fused: bool) -> None:
     """What depends on the processor is nothing that a compiler can look into."""
     plain, quick = (model.bfloat16() for model in small(dim=128))

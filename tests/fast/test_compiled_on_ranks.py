@@ -43,7 +43,10 @@ def check(init_method: str, fused: bool, scheme: str | None) -> tuple[Tensor, Te
             return expected, read(model)
 
 
-@pytest.mark.parametrize(("fused", "scheme"), [(False, None), (True, None), (True, "int8")])
+@pytest.mark.parametrize(
+    ("fused", "scheme"),
+    [*(pytest.param(fused, None, marks=pytest.mark.slow) for fused in (False, True)), (True, "int8")],
+)
 def test_two_ranks_compute_compiled_what_they_do_without(fused: bool, scheme: str | None) -> None:
     for expected, found in on_ranks(check, 2, fused, scheme, limit=240):
         assert expected.abs().max() > 0.1

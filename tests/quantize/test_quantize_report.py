@@ -32,6 +32,7 @@ def group() -> None:
     parallel.start()
 
 
+@pytest.mark.slow
 def test_perplexity_of_the_embedded_checkpoint_is_kept() -> None:
     """On some held-out files; the README has all, on two checkpoints. Broken codes, a wrong scale or a wrong group
     would multiply the perplexity."""
