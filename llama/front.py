@@ -64,7 +64,7 @@ def load(
         from llama.interop.plan import require
         from llama.quantize.layers import quantize_load
 
-        require(checkpoint, model.args, ranks, own_dtype, prefill_chunk, quantize)
+        require(checkpoint, model.args, ranks, own_dtype, prefill_chunk, quantize, torch.int8 if kv_dtype else None)
         quantize_load(model, checkpoint, ranks, own_dtype, quantize)
 
     def prepare(model: Transformer, ranks: Ranks) -> None:

@@ -142,6 +142,7 @@ def require(
     dtype: torch.dtype,
     prefill_chunk: int = 512,
     quantize: str | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises ValueError, in the plan's words, where a run can't fit into what is free on this rank's device now.
 
@@ -155,7 +156,7 @@ def require(
     device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
     scheme = quantize or getattr(checkpoint, "scheme", None)
     kept = None if scheme is None else str(scheme)
-    planned = plan(args, Settings(ranks.world_size, dtype, None, kept, prefill_chunk, device))
+    planned = plan(args, Settings(ranks.world_size, dtype, kv_dtype, kept, prefill_chunk, device))
     if USABLE * planned.total > free:
         near = alternatives(planned, free)
         others = "; ".join(difference(planned, other) for other in near) or "nothing near to it"

@@ -77,7 +77,7 @@ class Counting:
 def test_texts_are_those_without(llama: Llama, lookup: int, temperature: float) -> None:
     rng = random.Random(lookup)
     words = llama.model.args.vocab_size
-    for _ in range(40):
+    for _ in range(15):
         prompts = prompts_of(rng, words, rng.randint(1, llama.model.args.max_batch_size))
         without = answers(llama, 0, prompts, temperature=temperature)
         same(answers(llama, lookup, prompts, temperature=temperature), without)

@@ -214,6 +214,7 @@ def test_idle_rows_keep_their_prefixes_and_what_is_overwritten_is_forgotten(monk
         assert [len(own) for own in cache.tokens] == [20, 19, 18, 5, 20]
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_compiled_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes are written by index and kept by padding like any other numbers."""
     monkeypatch.setattr("llama.fast.compiled.EXACT_ROWS", 2)
@@ -231,6 +232,7 @@ def test_an_int8_cache_is_compiled_as_well(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "fused", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="fused")]
 )
+@pytest.mark.slow
 def test_bfloat16_is_compiled_as_well(fused: bool) -> None:
     """What depends on the processor is nothing that a compiler can look into."""
     plain, quick = (model.bfloat16() for model in small(dim=128))

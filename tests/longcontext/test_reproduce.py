@@ -318,6 +318,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_what_started_them(tmp_path: Path) -> None:
     """Those of a killed command would go on writing into the folder in which the next one continues."""
     (tmp_path / "parent.py").write_text(_PARENT)

@@ -206,6 +206,7 @@ def _living(init_method: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_that_live_are_waited_for_and_understood() -> None:
     first, second = on_ranks(_living, 2, limit=40)
     for found in (first, second):

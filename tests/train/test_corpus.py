@@ -79,6 +79,7 @@ def test_a_fortieth_of_many_files_is_held_out() -> None:
     assert 900 < held_out < 1100
 
 
+@pytest.mark.slow
 def test_the_running_interpreter_has_a_corpus() -> None:
     corpus = read_corpus()
     paths = [source.path for source in corpus]

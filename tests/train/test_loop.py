@@ -257,7 +257,7 @@ def figures(log: list[Entry]) -> list[float]:
     return [value for entry in log for value in (entry.loss, entry.held_out_loss or 0.0)]
 
 
-@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_processes_that_share_the_rows_train_as_one(count: int, tiny: ModelArgs, tmp_path: Path) -> None:
     """Five rows a step, a third of them padded, on two ranks; and on six, one of which never has a row."""
     alone = train(make_model(tiny), Data(make_rows(31), make_rows(5), 200), TOGETHER, tmp_path / "alone")

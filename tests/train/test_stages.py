@@ -157,6 +157,7 @@ def test_long_keeps_a_constant_low_rate() -> None:
     )
 
 
+@pytest.mark.slow
 def test_held_out_text_is_in_no_row(made: Path) -> None:
     run = read_run(made / "out.training")
     tokenizer = Tokenizer(run.tokenizer_path)
@@ -224,6 +225,7 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
     assert not (tmp_path / "long").exists()
 
 
+@pytest.mark.slow
 def test_base_goes_on_from_plain_where_there_is_one(tmp_path: Path) -> None:
     run = start_run(tmp_path)
     assert train_stage(STAGES["plain"], run, steps=2)
@@ -400,6 +402,7 @@ def on_meta(params: dict[str, Any]) -> Transformer:
         return Transformer(stages.ModelArgs(**params))
 
 
+@pytest.mark.slow
 def test_shapes_are_compared_in_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
