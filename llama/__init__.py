@@ -1,8 +1,8 @@
 """A Code Llama from scratch in PyTorch.
 
 The files of this folder are the core, to be read in this order: config, rope, cache, parallel, model (the
-architecture); tokenizer, prompts, sampling (text in, tokens out); checkpoint, decoding, generation (what runs it);
-front and cli (words become objects). Folders are rooms around it.
+architecture); tokenizer, prompts, sampling (text in, tokens out); checkpoint, lookup, requests, decoding, generation
+(what runs it). Its edges are arguments, errors, system, control, front and cli. Folders are rooms around it.
 
     from llama import Llama, load
     Llama.build().text_completion(["def fibonacci(n):"])

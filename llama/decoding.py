@@ -327,7 +327,7 @@ class Loop:
         if following:
             logits = self.model.logits(h[: len(following)])
             found = logprobs_of(logits, self._moved(following)).squeeze(-1).tolist()
-            request.prompt_logprobs += found
+            request.prompt_logprobs[len(request.held) + 1 :] = found  # what is read again is scored again
             if not all(map(math.isfinite, found)):
                 request.end("error", error=NotFinite())
 

@@ -323,6 +323,23 @@ def test_a_row_whose_logits_are_not_finite_ends_with_an_error(
             ask()
 
 
+def test_scores_survive_who_writes_between_their_pieces(tiny_llama: Llama) -> None:
+    """What is read again is scored in its own place, not a second time behind the rest."""
+    prompt = [1, *range(300, 390)]
+    right = [float(next_logprobs(prompt)[i, token]) for i, token in enumerate(prompt[1:])]
+    loop, model = Loop(tiny_llama.model, tiny_llama.ranks, chunk=16), tiny_llama.model
+    one = request(tiny_llama, prompt, 0, score=True)
+    loop.join(one)
+    with torch.inference_mode():
+        for step in range(30):
+            loop.step()
+            if step in (1, 3):
+                model(torch.full((ROWS, 4), 300), 6)
+    assert one.gone
+    assert one.prompt_logprobs[0] is None
+    assert one.prompt_logprobs[1:] == pytest.approx(right, abs=1e-4)
+
+
 def test_a_mask_decides_what_may_come_next(tiny_llama: Llama) -> None:
     """Alone, in company, and with guesses; where nothing may come, the answer ends."""
     allowed_ids = list(range(300, 320))
