@@ -61,11 +61,10 @@ class Loop:
         self.model, self.ranks, self.chunk, self.capacity = model, ranks, chunk, capacity
         self._rows: list[Request] = []  # by their rows in the cache
         self._waiting: deque[Request] = deque()
-        self._someone_leaves = False
         self._batch: tuple[list[Request], Batch] | None = None
         self._changed, self._process = threading.Condition(), os.getpid()
         self._turn, self._others = threading.Lock(), 0  # held by the thread in a step; how many wait for it
-        self._stepper: int | None = None
+        self._stepper, self._someone_leaves = 0, False
         self._lost: LostRank | None = None
 
     # For callers -----------------------------------------------------------------------------------------------------
@@ -155,11 +154,12 @@ class Loop:
                         self._read(decoding)
                     if decoding:
                         self._decode(decoding)
-        except LostRank as error:
-            self._lost = error
+        except BaseException as error:
+            self._batch = None  # it may have counted a token that nobody took
+            self._lost = error if isinstance(error, LostRank) else None
             raise
         finally:
-            self._stepper = None
+            self._stepper = 0
             self._turn.release()
             if self._others:
                 with self._changed:
@@ -179,6 +179,7 @@ class Loop:
             if cache.tokens[row] is not request.held:  # another cache, or another's tokens
                 del cache.tokens[row][agreeing(cache.tokens[row], request.tokens) :]
                 request.held = cache.tokens[row]
+            del request.held[len(request.tokens) - 1 :]  # an interrupted step had read the last token, too
         if any(request.gone for request in self._rows):
             del self._rows[self._gather(lambda request: not request.gone) :]
         left, joining = self._decided() if self.ranks.leads else ([], [])

@@ -110,11 +110,9 @@ class Batch:
         drawn = [s for s in settings if s.temperature > 0]
         self._draws, self._cuts_min = bool(drawn), any(s.min_p for s in drawn)
         self._cuts = any(s.top_p < 1 or s.top_k for s in drawn)
-        columns = [
-            [s.temperature == 0, s.temperature or 1.0, s.top_p, s.top_k or vocabulary, s.min_p, *s.penalties]
-            for s in settings
-        ]
-        table = torch.tensor(columns, dtype=torch.float32, device="cpu").to(device)
+        columns = ([s.temperature == 0, s.temperature or 1, s.top_p, s.top_k or vocabulary, s.min_p] for s in settings)
+        numbers = [[*own, *s.penalties] for own, s in zip(columns, settings, strict=True)]
+        table = torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device)
         self._table = table.T[:, :, None, None]  # each column (B, 1, 1)
         self._counts: Tensor | None = None
         self._bias: Tensor | None = None

@@ -420,6 +420,33 @@ def test_penalties_are_the_definitions_over_a_whole_answer(tiny_llama: Llama) ->
     assert plain == [greedy(prompt, N)]
 
 
+def test_an_interrupted_step_counts_no_token_that_nobody_took(
+    tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the choice of a token and its taking: penalties go on as if it had never been chosen."""
+    settings = Sampling(0.0, frequency_penalty=3.0, presence_penalty=1.0)
+
+    def asked() -> Request:
+        return Request(tiny_llama.tokenizer, Prompt(PROMPTS[4], frozenset()), N, settings)
+
+    right, one = asked(), asked()
+    list(tiny_llama.loop.run([right]))
+    tiny_llama.loop.join(one)
+    take = Request.take
+
+    def interrupted(request: Request, *given: Any) -> Event:
+        monkeypatch.setattr(Request, "take", take)
+        raise KeyboardInterrupt
+
+    for step in range(2 * N):
+        if step in (2, 5):
+            monkeypatch.setattr(Request, "take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                tiny_llama.loop.step()
+        tiny_llama.loop.step()
+    assert one.tokens == right.tokens
+
+
 def test_alternatives_are_told_where_they_are_asked_for(tiny_llama: Llama) -> None:
     found = list(tiny_llama.stream([PROMPTS[0]], N, 0.0, logprobs=3))
     ids = list(PROMPTS[0])
