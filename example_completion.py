@@ -9,7 +9,7 @@ Without --ckpt_dir it uses the small checkpoint that comes with the package; `py
 from __future__ import annotations
 
 from llama import Llama
-from llama.cli import run
+from llama.cli import run_script
 
 
 def main(
@@ -35,11 +35,10 @@ def main(
     ]
     results = llama.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     for prompt, result in zip(prompts, results, strict=True):
-        if llama.ranks.leads:
-            print(prompt)
-            print(f"> {result['generation']}")
-            print("\n==================================\n")
+        print(prompt)
+        print(f"> {result['generation']}")
+        print("\n==================================\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -10,7 +10,7 @@ checkpoint that comes with the package; `python example_infilling.py` is enough.
 from __future__ import annotations
 
 from llama import Llama
-from llama.cli import run
+from llama.cli import run_script
 
 
 def main(
@@ -38,12 +38,11 @@ def main(
     suffixes = [prompt.split("<FILL>")[1] for prompt in prompts]
     results = llama.text_infilling(prefixes, suffixes, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     for prompt, result in zip(prompts, results, strict=True):
-        if llama.ranks.leads:
-            print("=================Prompt=================")
-            print(prompt)
-            print("============Filled in===================")
-            print(result["full_text"])
+        print("=================Prompt=================")
+        print(prompt)
+        print("============Filled in===================")
+        print(result["full_text"])
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

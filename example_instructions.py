@@ -10,7 +10,7 @@ example_instructions.py` is enough.
 from __future__ import annotations
 
 from llama import Dialog, Llama, Message
-from llama.cli import run
+from llama.cli import run_script
 
 
 def main(
@@ -37,13 +37,12 @@ def main(
     ]
     results = llama.chat_completion(dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     for dialog, result in zip(dialogs, results, strict=True):
-        if llama.ranks.leads:
-            for message in dialog:
-                print(f"{message['role'].capitalize()}: {message['content']}\n")
-            answer = result["generation"]
-            print(f"> {answer['role'].capitalize()}: {answer['content']}")
-            print("\n==================================\n")
+        for message in dialog:
+            print(f"{message['role'].capitalize()}: {message['content']}\n")
+        answer = result["generation"]
+        print(f"> {answer['role'].capitalize()}: {answer['content']}")
+        print("\n==================================\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

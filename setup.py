@@ -1,5 +1,6 @@
 """Package metadata; the tools' settings stand in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -31,15 +32,22 @@ EXTRAS = {
     ],
 }
 
+FRONT_DOOR = Path(__file__).with_name("llama") / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', FRONT_DOOR.read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION is not None
+
 setup(
     name="codellama",
-    version="0.1.0",
+    version=VERSION[1],
     description="A Code Llama from scratch in PyTorch: to run, to study, and to experiment with",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
+    # With it `pip install -e .` writes a path, which type checkers and editors follow; without it, an import
+    # hook, which none of them runs.
+    package_dir={"": "."},
     package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md", "train/packages.tsv", "kernels/*.[ch]*"]},
     install_requires=[
         "torch>=2.6,<2.14",
@@ -48,6 +56,9 @@ setup(
         "fire>=0.6",
         "numpy>=1.26",
         "tqdm>=4.66",
+        # The command line: options from annotated functions, and the terminal of `codellama chat`.
+        "tyro>=1.0",
+        "prompt_toolkit>=3.0.36",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["codellama=llama.cli:main"]},

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.config import ModelArgs
+from llama.errors import CheckpointError
 from llama.model import Transformer
 from llama.parallel import Ranks, share
 from llama.rope import spectrum
@@ -112,7 +113,7 @@ module whose `open_weights` reads it. Such a module is imported when it is wante
 
 @readable()
 def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Weights:
-    """A checkpoint of any format, opened but not read. Raises ValueError as `Checkpoint` does."""
+    """A checkpoint of any format, opened but not read. Raises CheckpointError as `Checkpoint` does."""
     path = Path(ckpt_dir)
     params = path / "params.json"
     entries = read_params(params) if params.is_file() else {}
@@ -126,21 +127,21 @@ def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Weights:
 class Checkpoint:
     """A folder in the published format, opened but not read.
 
-    Raises ValueError, naming the file and the remedy, for what can't be a checkpoint: a missing folder or file, a gap
-    in the shards, an incomplete download, a web page saved as a shard, a pickle that holds more than tensors.
+    Raises CheckpointError, naming the file and the remedy, for what can't be one: a missing folder or file, a gap in
+    the shards, an incomplete download, a web page saved as a shard, a pickle that holds more than tensors.
     """
 
     def __init__(self, ckpt_dir: str | os.PathLike[str]) -> None:
         self.path = Path(ckpt_dir)
         if not self.path.is_dir():
-            raise ValueError(f"there is no folder {self.path}; pass --ckpt_dir with the folder of the checkpoint")
+            raise CheckpointError(f"there is no folder {self.path}; pass --ckpt_dir with the folder of the checkpoint")
         self.params = read_params(self.path / "params.json")
         self._paths = _shard_paths(self.path)
         self._shards = [open_shard(path) for path in self._paths]
         keys: list[set[str]] = [set(shard) for shard in self._shards]
         if any(other != keys[0] for other in keys):
             differing = sorted(keys[0].union(*keys) - keys[0].intersection(*keys))
-            raise ValueError(
+            raise CheckpointError(
                 f"the {len(keys)} shards in {self.path} hold different tensors ({some_of(differing)}): they belong to "
                 "different checkpoints; download all of them again"
             )
@@ -161,13 +162,13 @@ class Checkpoint:
         """The architecture; its vocabulary is the embedding's own, whatever params.json says."""
         embedding = "tok_embeddings.weight"
         if embedding not in self._shards[0]:
-            raise ValueError(f"{self.path} has no {embedding} but {some_of(self.names())}: it is not in Meta's format")
+            raise CheckpointError(f"{self.path} is not in Meta's format: no {embedding}, but {some_of(self.names())}")
         parts = self._weights(embedding)
         try:
             args, unknown = ModelArgs.from_params(self.params)
             check_sizes(args, self.names(), sum(part.shape[1] for part in parts))
         except ValueError as error:
-            raise ValueError(f"{self.path / 'params.json'}: {error}") from error
+            raise CheckpointError(f"{self.path / 'params.json'}: {error}") from error
         if unknown:
             warnings.warn(f"{self.path / 'params.json'}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=2)
         return dataclasses.replace(args, vocab_size=parts[0].shape[0], **limits)
@@ -185,21 +186,22 @@ class Checkpoint:
 
 
 def check_weight(path: Path, name: str, tensor: Tensor, stored_as: str = "") -> Tensor:
-    """The tensor; ValueError where it can't be the parameter `name` (Meta's), whatever the sizes of the model."""
+    """The tensor; CheckpointError where it can't be the parameter `name` (Meta's), whatever the sizes of the model."""
     dims = 1 if CUT.get(name.split(".")[-2:][0]) is None else 2
     if tensor.dim() != dims or not tensor.is_floating_point():
         found = f"{tensor.dtype} of the shape {tuple(tensor.shape)}, not floating point in {dims} dimensions"
-        raise ValueError(f"{path}: {stored_as or name} is {found}: take another file, or download it again")
+        raise CheckpointError(f"{path}: {stored_as or name} is {found}: take another file, or download it again")
     return tensor
 
 
 def check_sizes(args: ModelArgs, names: Iterable[str], dim: int) -> None:
-    """ValueError for sizes that parameters of these names, and an embedding of `dim` columns, contradict, and for a
-    RoPE that can't be. It is asked before a model is made: one of many layers takes minutes, a wide one gigabytes."""
+    """CheckpointError for sizes that parameters of these names, and an embedding of `dim` columns, contradict, and
+    ValueError for a RoPE that can't be. It is asked before a model is made: one of many layers takes minutes, a wide
+    one gigabytes."""
     layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
     for size, given, found in (("n_layers", args.n_layers, layers), ("dim", args.dim, dim)):
         if given != found:
-            raise ValueError(f"{size} is {given}, but {found} in the tensors: take both from the same checkpoint")
+            raise CheckpointError(f"{size} is {given}, but {found} in the tensors: take both from the same checkpoint")
     spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
 
 
@@ -209,19 +211,19 @@ def _shard_paths(folder: Path) -> list[Path]:
     found = {path.name for path in folder.iterdir()}
     count = sum(bool(re.fullmatch(r"consolidated\.\d\d+\.pth", name)) for name in found)
     if not count:
-        raise ValueError(f"{folder} holds no consolidated.00.pth: pass the folder that has the *.pth files in it")
+        raise CheckpointError(f"{folder} holds no consolidated.00.pth: pass the folder that has the *.pth files in it")
     names = [f"consolidated.{number:02d}.pth" for number in range(count)]
     missing = some_of(sorted(set(names) - found))
     if missing:
-        raise ValueError(f"{folder} has {count} shards, but lacks {missing}: download it, or remove what is no shard")
+        raise CheckpointError(f"{folder} has {count} shards, but lacks {missing}: download it, or remove the odd one")
     return [folder / name for name in names]
 
 
 def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dtype) -> None:
     """Gives a model made on the meta device this rank's weights, in `dtype` on the rank's device.
 
-    A weight that needs no conversion stays mapped; another takes memory of its own, one at a time. Raises ValueError
-    that names every tensor that is missing, unexpected or of another shape; the model is then unchanged.
+    A weight that needs no conversion stays mapped; another takes memory of its own, one at a time. Raises
+    CheckpointError that names every tensor that is missing, unexpected or misshapen; the model is then unchanged.
     """
     if isinstance(checkpoint, Packed):
         return checkpoint.fill(model, ranks, dtype)
@@ -244,7 +246,7 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
             weights[name] = part.to(ranks.device, dtype).contiguous()
     problems += [f"of another shape: {some_of(misshapen)}"] if misshapen else []
     if problems:
-        raise ValueError(
+        raise CheckpointError(
             f"the tensors in {checkpoint.path} are not those that its params.json describes; {'; '.join(problems)}. "
             "Use the params.json that came with these shards"
         )

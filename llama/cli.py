@@ -1,256 +1,231 @@
-"""The commands: `codellama complete`, `infill`, `chat`, `info`, and one for each room that has a command line.
+"""The command `codellama`: its verbs, how their words are read, and what becomes of errors.
 
-This is the one place where words become objects. Text is written to the terminal as it comes. Under torchrun every
-rank runs the same command; rank 0 reads and prints, the others follow. What a user got wrong ends in one paragraph.
+A verb is a function whose annotated parameters are its options (options.py), and tyro reads them. PyTorch is imported
+when a model is loaded and not before, so that help and mistakes are answered at once. Under torchrun every rank runs
+the same command; rank 0 reads and prints, the others follow. What a user got wrong ends in one paragraph.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+import io
 import os
 import sys
+import typing
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fire
-import torch
-from fire.decorators import SetParseFns
-
-from llama import parallel
-from llama.checkpoint import open_checkpoint
+from llama import __version__
 from llama.errors import LostRank
-from llama.front import load as build
-from llama.generation import EMBEDDED, Llama
-from llama.model import Transformer
-from llama.prompts import Message, dialog, infilling
-from llama.requests import Event
+from llama.options import (
+    Loading,
+    Positional,
+    nearest,
+)
 
-FILL = "<FILL>"
-PATHS = {"ckpt_dir": str, "tokenizer_path": str, "load_cache": str, "save_cache": str}  # not a number, were it 1e3
-ROOMS = {
-    "train": ("llama.train.cli:COMMANDS", "Trains a small checkpoint."),
-    "convert": ("llama.interop.convert:command", "Rewrites a checkpoint in another format or number of shards."),
-    "download": ("llama.interop.download:command", "Downloads a checkpoint from the Hugging Face hub."),
-    "check": ("llama.interop.check:command", "Says of each file of a checkpoint whether it is whole, and the remedy."),
+if TYPE_CHECKING:
+    pass
+
+Command = Callable[..., None]
+VERBS = {
+    "complete": ("llama.verbs:complete", "Continues a text."),
+    "infill": ("llama.verbs:infill", "Fills in what is missing in a file."),
+    "chat": ("llama.chat:chat", "A conversation."),
+    "serve": ("llama.serve.cli:serve", "Serves a model to editors, OpenAI's clients, curl and a browser."),
+    "info": ("llama.verbs:info", "What a checkpoint is: its sizes, parameters, bytes."),
     "plan": ("llama.interop.plan:command", "What a run takes of memory, whether it fits, and what would."),
-    "longcontext": (
-        "llama.longcontext.cli:COMMANDS",
-        "RoPE schemes and long contexts: spectra, perplexity, sweeps, retrieval.",
-    ),
+    "download": ("llama.interop.download:command", "Downloads a checkpoint from the Hugging Face hub."),
+    "check": ("llama.interop.check:command", "Verifies the files of a checkpoint, and says what to do about bad ones."),
+    "convert": ("llama.interop.convert:command", "Rewrites a checkpoint in another format or number of shards."),
     "quantize": ("llama.quantize.cli:command", "Rewrites a checkpoint in 8 or 4 bits, or reports what that loses."),
     "bench": ("llama.bench.cli:command", "Measures speed and memory, beside the machine's limits and transformers."),
     "evals": ("llama.evals.cli:COMMANDS", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
+    "longcontext": ("llama.longcontext.cli:COMMANDS", "RoPE schemes and long contexts: perplexity, sweeps, retrieval."),
+    "train": ("llama.train.cli:COMMANDS", "Trains a small checkpoint."),
+    "completion": ("llama.cli:completion", "Prints a script by which a shell completes these commands."),
 }
-"""Verbs of the rooms: a function, or a table of them, and what they do. A room is imported when it is asked for."""
+"""Where each verb's function, or table of functions, is, and what it does. A room is imported when it is asked for."""
+
+
+def completion(shell: Positional[typing.Literal["bash", "zsh", "tcsh"]]) -> None:
+    """Prints a script for SHELL that completes verbs and options.
+
+    codellama completion bash > ~/.local/share/bash-completion/completions/codellama
+
+    Args:
+        shell: bash, zsh or tcsh.
+    """
+    import tyro
+
+    every: dict[str, Command] = {}
+    for verb, (place, _) in VERBS.items():
+        found = _found(place)
+        inner = found.items() if isinstance(found, Mapping) else [("", found)]
+        every |= {f"{verb} {name}".strip(): command for name, command in inner}
+    words, config = ["--tyro-print-completion", shell], (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(every, prog="codellama", args=words, use_underscores=True, config=config)
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The console script `codellama`, and `python -m llama`."""
+    with orderly():
+        dispatch({verb: place for verb, (place, _) in VERBS.items()}, sys.argv[1:], "codellama")
+
+
+def run(commands: Command | Mapping[str, Command], name: str) -> None:
+    """Runs a function, or a table of them, by the words of the command line: for a room's own `python -m`."""
+    with orderly():
+        dispatch(commands, sys.argv[1:], name)
+
+
+def run_script(main: Callable[..., None]) -> None:
+    """Runs an example script's function by fire, as the published ones do, once its flags are known to be right."""
+    with orderly():
+        known = list(inspect.signature(main).parameters)
+        flags = [word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")]
+        for flag in flags:
+            if flag and flag != "help" and flag.removeprefix("no") not in known and flag not in known:
+                every = ", ".join(f"--{name}" for name in known)
+                raise ValueError(f"there is no option --{flag}{nearest(flag, known)} (there are {every})")
+        import fire
+
+        fire.Fire(main)
+
+
+def dispatch(found: str | Command | Mapping[str, Any], words: Sequence[str], name: str) -> None:
+    """Follows the words through tables of verbs to a function, reads the others as its options, and calls it."""
+    found = _found(found) if isinstance(found, str) else found
+    if callable(found):
+        arguments, options = parse(found, words, name)
+        found(*arguments, **options)
+        return
+    word = words[0] if words else "--help"
+    if word in found:
+        dispatch(found[word], words[1:], f"{name} {word}")
+    elif word in ("-h", "--help"):
+        _print_table(found, name)
+    elif word in ("-V", "--version") and name == "codellama":
+        print(f"codellama {__version__}" if leads() else "", end="\n" if leads() else "")
+    else:
+        known = list(found)
+        mistaken(f"{name} has no verb {word!r}{nearest(word, known)} (there are {', '.join(known)})")
+
+
+def parse(command: Command, words: Sequence[str], name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the words give each parameter of a command. Help and mistakes are printed, by rank 0, and end the run."""
+    import tyro
+
+    @functools.wraps(command)
+    def given(*arguments: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, options
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+    words = respelled(command, words)
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tyro.cli(
+        given, args=words, prog=name, use_underscores=True, console_outputs=leads(), config=config
+    )
+    return found
+
+
+def respelled(command: Command, words: Sequence[str]) -> list[str]:
+    """Words in spellings of before: a switch's value (--fast true, --fast=false), --noX for --no_X, and an argument
+    without a name given by its name (--prompt TEXT)."""
+    marker = Positional[int].__metadata__[0]  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(command, include_extras=True)
+    places = [name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())]
+    loading = typing.get_type_hints(Loading) if "loading" in hints else {}
+    switches = {name for name, hint in {**hints, **loading}.items() if hint is bool}
+    end = words.index("--") if "--" in words else len(words)
+    rest, new, named = list(words[:end]), [], dict[str, str]()
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        option = option[2:].replace("-", "_") if option.startswith("--") else ""
+        if option in switches and (equals or (rest and rest[0].lower() in ("true", "false"))):
+            value = (value if equals else rest.pop(0)).lower()
+            if value not in ("true", "false"):
+                mistaken(f"--{option} is {value!r}, but it takes no value: --{option} turns it on, --no_{option} off")
+            new.append(f"--{option}" if value == "true" else f"--no_{option}")
+        elif option.startswith("no") and option[2:] in switches:
+            warnings.warn(f"--{option} is called --no_{option[2:]} now", stacklevel=2)
+            new.append(f"--no_{option[2:]}")
+        elif option in places and (equals or rest):
+            named[option] = value if equals else rest.pop(0)
+        else:
+            new.append(word)
+    arguments = [named[name] for name in places if name in named]
+    return [*new, *(["--", *arguments] if arguments else []), *words[end + bool(arguments) :]]
+
+
+def leads() -> bool:
+    """Whether this process is alone, or rank 0 of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def mistaken(what: str) -> typing.NoReturn:
+    """Ends a run whose words can't be."""
+    print_alone(f"error: {what}")
+    raise SystemExit(2)
+
+
+def print_alone(text: str) -> None:
+    """On rank 0's standard error."""
+    if leads():
+        print(text, file=sys.stderr)
+
+
+def _found(place: str) -> Command | Mapping[str, Command]:
+    module, _, name = place.partition(":")
+    found: Command | Mapping[str, Command] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _print_table(found: Mapping[str, Any], name: str) -> None:
+    if not leads():
+        return
+    print(f"usage: {name} VERB …\n")
+    width = max(map(len, found)) + 2
+    for verb, command in found.items():
+        summary = VERBS[verb][1] if isinstance(command, str) else (inspect.getdoc(command) or "").partition("\n")[0]
+        print(f"  {verb:{width}}{summary}")
+    print(f"\n`{name} VERB --help` says what a verb takes.")
+    if name == "codellama":
+        print("Without --ckpt_dir it is the small checkpoint that comes with the package: try `codellama chat`.")
 
 
 @contextmanager
-def _cache_files(llama: Llama, load: str | None, save: str | None) -> Iterator[None]:
-    """Restores what a file holds into the cache, and after the block writes one of what it holds then."""
-    if load is None and save is None:
-        yield
-        return
-    files = importlib.import_module("llama.longcontext.saved_cache")
-    if load is not None:
-        files.load_cache(llama, load)
-    yield
-    if save is not None:
-        files.save_cache(llama, save)
-
-
-@SetParseFns(prompt=str, stop=str, **PATHS)  # type: ignore[untyped-decorator]
-def complete(
-    prompt: str,
-    *,
-    temperature: float = 0.2,
-    top_p: float = 0.9,
-    top_k: int | None = None,
-    max_gen_len: int | None = None,
-    stop: str | None = None,
-    seed: int = 1,
-    echo: bool = True,
-    load_cache: str | None = None,
-    save_cache: str | None = None,
-    **options: Any,
-) -> None:
-    """Continues PROMPT ("-": standard input) and prints both, or with --noecho the continuation alone.
-
-    --save_cache FILE keeps what was read and written, and --load_cache FILE takes it up again: of a prompt that begins
-    the same, only the rest is read. --kv_dtype int8 halves the cache. Further options are those of Llama.build:
-    --ckpt_dir --tokenizer_path --max_seq_len --max_batch_size --model_parallel_size --device --dtype --rope_theta
-    --rope_scaling --quantize --fast --compile --lookup --timeout.
-    """
-    llama = build(seed=seed, **options)
-    text = llama.ranks.broadcast_object(sys.stdin.read() if llama.ranks.leads and prompt == "-" else prompt)
-    settings: dict[str, Any] = {"top_k": top_k, "stop": stop or (), "seed": seed}
-    with _cache_files(llama, load_cache, save_cache):
-        events = llama.stream([text], max_gen_len, temperature, top_p, **settings)
-        _say(llama, text if echo else "")
-        _print_stream(llama, events)
-        _say(llama, "\n")
-
-
-@SetParseFns(file=str, **PATHS)  # type: ignore[untyped-decorator]
-def infill(
-    file: str,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
-    suffix_first: bool = False,
-    seed: int = 1,
-    load_cache: str | None = None,
-    save_cache: str | None = None,
-    **options: Any,
-) -> None:
-    """Prints FILE ("-": standard input) with its one <FILL> filled in. Options as for complete."""
-    llama = build(seed=seed, **options)
-    with llama.ranks.all_ranks():
-        text = ""
-        if llama.ranks.leads:
-            if file != "-" and not os.path.isfile(file):
-                raise ValueError(f"there is no file {file}; give a file with one {FILL}, or - for standard input")
-            # As bytes: a text stream would turn \r\n into \n.
-            text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
-            if text.count(FILL) != 1:
-                raise ValueError(f"{file} has {text.count(FILL)} places marked {FILL}; it needs exactly one")
-    prefix, suffix = llama.ranks.broadcast_object(text).split(FILL)
-    prompt = infilling(llama.tokenizer, prefix, suffix, suffix_first)
-    with _cache_files(llama, load_cache, save_cache):
-        events = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed)
-        _say(llama, prefix)
-        _print_stream(llama, events)
-        _say(llama, suffix)
-
-
-@SetParseFns(system=str, **PATHS)  # type: ignore[untyped-decorator]
-def chat(
-    *,
-    system: str | None = None,
-    temperature: float = 0.2,
-    top_p: float = 0.95,
-    max_gen_len: int | None = None,
-    seed: int = 1,
-    load_cache: str | None = None,
-    save_cache: str | None = None,
-    **options: Any,
-) -> None:
-    """A conversation. /reset forgets it, Ctrl-C stops an answer, Ctrl-D or /exit ends. Options as for complete.
-
-    What the model has read of the conversation stays in its cache, so each turn reads only what is new. (Under
-    torchrun, Ctrl-C reaches the launcher, which ends all ranks.)
-    """
-    llama = build(**{"seed": seed, "max_batch_size": 1, **options})
-    opening: list[Message] = [Message(role="system", content=str(system))] if system else []
-    messages = list(opening)
-    with _cache_files(llama, load_cache, save_cache):
-        while (line := _read_line(llama)) is not None and line != "/exit":
-            if line == "/reset":
-                messages = list(opening)
-            elif line:
-                try:
-                    prompt = dialog(llama.tokenizer, [*messages, Message(role="user", content=line)])
-                    stream = llama.stream([prompt], max_gen_len, temperature, top_p, seed=seed)
-                except ValueError as error:
-                    _say(llama, f"({error}; /reset begins anew)\n")
-                    continue
-                answer = _print_stream(llama, stream)
-                _say(llama, "\n")
-                messages += [Message(role="user", content=line), Message(role="assistant", content=answer)]
-
-
-def _read_line(llama: Llama) -> str | None:
-    """The next line of rank 0's user, on every rank; None at the end."""
-    line: str | None = None
-    if llama.ranks.leads:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            _say(llama, "\n")
-    received: str | None = llama.ranks.broadcast_object(line)
-    return received
-
-
-def _print_stream(llama: Llama, events: Generator[Event, None, None]) -> str:
-    """Prints one row's text as it comes and returns it whole. Ctrl-C ends it there, on all ranks."""
-    parts: list[str] = []
-    try:
-        for event in events:
-            parts.append(event.text)
-            _say(llama, event.text)
-    except KeyboardInterrupt:
-        _say(llama, " [stopped]")
-    finally:
-        events.close()
-    return "".join(parts)
-
-
-def _say(llama: Llama, text: str) -> None:
-    if llama.ranks.leads:
-        print(text, end="", flush=True)
-
-
-@SetParseFns(**PATHS)  # type: ignore[untyped-decorator]
-def info(ckpt_dir: str | None = None) -> None:
-    """What a checkpoint is: its sizes, parameters, bytes, and the cache that a token takes. Reads no weights."""
-    checkpoint = open_checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
-    args = checkpoint.args()
-    with torch.device("meta"):
-        model = Transformer(args)
-    parameters = sum(p.numel() for p in model.parameters())
-    stored = next(iter(checkpoint.tensor(name, args).dtype for name in checkpoint.names()))
-    width = stored.itemsize
-    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * width
-    print(f"{checkpoint.path}: {checkpoint.n_shards} shard{'s' if checkpoint.n_shards > 1 else ''}")
-    for name, value in {**args.to_params(), "head_dim": args.head_dim, "hidden_dim": args.hidden_dim}.items():
-        print(f"  {name:20} {value}")
-    print(f"  {'parameters':20} {parameters:,}")
-    print(f"  {'weights':20} {parameters * width:,} bytes in {str(stored).removeprefix('torch.')}")
-    print(f"  {'KV cache':20} {kv:,} bytes a token in {str(stored).removeprefix('torch.')}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"complete": complete, "infill": infill, "chat": chat, "info": info}
-
-
-def run(component: Any, name: str | None = None) -> None:
-    """Runs a function, or a table of them, as a command by fire. What a user got wrong is one paragraph on rank 0's
-    standard error and exit code 1 on every rank."""
-    leads = os.environ.get("RANK", "0") == "0"
-    # A function that takes any option takes --help for one, so fire is asked behind its own mark.
-    if "--help" in sys.argv and "--" not in sys.argv:
-        sys.argv = [*(word for word in sys.argv if word != "--help"), "--", "--help"]
-    # "-" is a file's name here (standard input), not fire's separator.
-    words = [*sys.argv[1:], *([] if "--" in sys.argv else ["--"]), "--separator=\x1f"]
+def orderly() -> Iterator[None]:
+    """What goes wrong in the block ends in one paragraph on rank 0's standard error, or in silence, never in a
+    traceback: 1 is the exit code of an error, 130 of Ctrl-C, 141 of a pipe that nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that have fewer characters
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda note, *_, **__: print(f"note: {note}", file=sys.stderr) if leads else None
-            fire.Fire(component, words, name=name)
+            warnings.showwarning = lambda note, *_, **__: print_alone(f"note: {note}")
+            yield
+        sys.stdout.flush()
     except ValueError as error:
-        if leads:
-            print(f"error: {error}", file=sys.stderr)
+        print_alone(f"error: {error}")
         raise SystemExit(1) from None
     except LostRank as error:  # rank 0 may be the lost one, so each says it
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(141) from None
+    except OSError as error:
+        print_alone(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
-        parallel.stop()
-
-
-def main() -> None:
-    """The console script `codellama`."""
-    commands: dict[str, Any] = dict(COMMANDS)
-    verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    for room, (place, summary) in ROOMS.items():
-        if room == verb:
-            module, _, name = place.partition(":")
-            commands[room] = getattr(importlib.import_module(module), name)
-        else:
-            commands[room] = partial(print, summary)
-            commands[room].__doc__ = summary
-    run(commands, name="codellama")
+        if "llama.parallel" in sys.modules:
+            sys.modules["llama.parallel"].stop()

@@ -7,15 +7,18 @@ nobody does: so every rank shows that it lives. Nothing here knows what a Llama 
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -67,6 +70,64 @@ def waiting(group: dist.ProcessGroup, seconds: float, afterwards: float) -> Iter
 
 def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Alone(dist.ProcessGroup):
+    """A group of one process, in which nothing is communicated. It needs no backend, which would open ports."""
+
+
+def start_alone() -> None:
+    """torch.distributed for one process, through a store in its own memory."""
+    if not hasattr(dist.Backend, "ALONE"):
+        dist.Backend.register_backend(
+            "alone",
+            lambda store, rank, size, timeout: Alone(rank, size),  # type: ignore[call-arg]
+            devices=["cpu", "cuda", "mps"],
+        )
+    dist.init_process_group("alone", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+class Silence(io.TextIOWrapper):
+    """A standard output that drops what is printed until its `end`, and then passes it on to the one it stands for."""
+
+    def __init__(self, instead_of: TextIO) -> None:
+        encoding = getattr(instead_of, "encoding", None) or "utf-8"
+        super().__init__(io.BufferedWriter(io.FileIO(os.devnull, "w")), encoding=encoding, errors="replace")
+        self.instead_of, self.silent = instead_of, True
+
+    def write(self, text: str) -> int:
+        return len(text) if self.silent else self.instead_of.write(text)
+
+    def flush(self) -> None:
+        if not self.silent:
+            self.instead_of.flush()
+
+    def end(self) -> None:
+        """Puts back what it stands for, where nobody has put something else there since; who has may still hold it."""
+        self.silent = False
+        if sys.stdout is self:
+            sys.stdout = self.instead_of
+
+    def __del__(self) -> None:
+        self.buffer.close()  # or Python would warn of it
+
+
+SILENCES: list[Silence] = []
+"""Those that have not ended: more than one where `sys.stdout` was replaced in between."""
+
+
+def set_silence(silent: bool | None) -> None:
+    """Silences `sys.stdout`, or ends that; None leaves it as it is.
+
+    Only what Python prints is dropped, as in the published package. The descriptor stays open: NCCL's log, child
+    processes and `sys.__stdout__` still reach the terminal.
+    """
+    if silent and sys.stdout is not None and sys.stdout not in SILENCES:
+        sys.stdout.flush()
+        SILENCES.append(Silence(sys.stdout))
+        sys.stdout = SILENCES[-1]
+    while silent is False and SILENCES:
+        SILENCES.pop().end()
 
 
 @dataclass(frozen=True)

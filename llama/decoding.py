@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from llama.arguments import checked
-from llama.errors import LostRank, NotFinite, QueueFull
+from llama.errors import LostRank, NotFinite, PromptTooLong, QueueFull
 from llama.lookup import agreeing
 from llama.model import Transformer
 from llama.parallel import Ranks
@@ -71,10 +71,9 @@ class Loop:
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that this model can't answer: in a step, it would harm the others."""
-        args, tokens, row = self.model.args, request.prompt.tokens, request.row
-        if not 0 < len(tokens) <= args.max_seq_len:
-            room = f"this model was built for 1 to {args.max_seq_len}: shorten it, or build with a larger max_seq_len"
-            raise ValueError(f"prompt {row} has {len(tokens)} tokens; {room}")
+        args, tokens, row, n = self.model.args, request.prompt.tokens, request.row, len(request.prompt.tokens)
+        if not 0 < n <= args.max_seq_len:
+            raise PromptTooLong(row, n, args.max_seq_len) if n else ValueError(f"prompt {row} has 0 tokens: give one")
         for name, ids in ((f"prompt {row}", tokens), ("logit_bias", request.sampling.logit_bias or ())):
             if not all(0 <= token < args.vocab_size for token in ids):
                 raise ValueError(f"{name} has ids outside 0 to {args.vocab_size - 1}, the model's vocabulary")
@@ -270,6 +269,7 @@ class Loop:
             cache.copy_row_(row, oldest, len(cache.tokens[row]))  # the least recently used gives way
             cache.copy_row_(oldest if source == row else source, row, known)
         cache.tokens[row] = request.held = cache.tokens[row][:known]
+        request.reused = known
         self._rows.append(request)
         return source, known
 

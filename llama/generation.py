@@ -21,6 +21,7 @@ from llama.checkpoint import Weights, open_checkpoint
 from llama.checkpoint import load as load_plain
 from llama.config import RopeScaling
 from llama.decoding import Loop
+from llama.errors import CheckpointError
 from llama.model import Transformer
 from llama.parallel import Ranks, start
 from llama.prompts import Details, Dialog, Message, Prompt
@@ -69,7 +70,7 @@ class Llama:
         `lookup` is how many tokens are guessed at a time from what stands before (lookup.py): faster where code repeats
         itself, and the same text."""
         self.model, self.tokenizer, self.lookup = model, tokenizer, lookup
-        self.ranks = ranks or start(device=model.norm.weight.device)
+        self.ranks = ranks or start(device=model.norm.weight.device, silence=None)
         self.loop = Loop(model, self.ranks, chunk=prefill_chunk)
         self._seeds = torch.Generator("cpu").manual_seed(seed)
 
@@ -79,7 +80,7 @@ class Llama:
         max_batch_size: int = 4, model_parallel_size: int | None = None, *,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, seed: int = 1,
         rope_theta: float | None = None, rope_scaling: RopeScaling | None = None,
-        prefill_chunk: int = 512, lookup: int = 0, timeout: float = 60.0,
+        prefill_chunk: int = 512, lookup: int = 0, timeout: float = 60.0, silence: bool = True,
         load: Load = load_plain, prepare: Callable[[Transformer, Ranks], object] | None = None,
     ) -> Llama:  # fmt: skip
         """Reads a checkpoint folder (default: the embedded one) onto this process, or onto the ranks of torchrun.
@@ -88,14 +89,15 @@ class Llama:
         is the number of ranks that share the model (default: all), however many shards the folder has. `dtype` is
         bfloat16 on a GPU and float32 on a CPU unless given. `rope_theta` and `rope_scaling` replace params.json's.
         `prefill_chunk` and `lookup` are the constructor's. `timeout` is how many seconds a rank waits for the others.
+        What ranks other than the first print is dropped until `parallel.stop`; with `silence=False` all print.
         `load` reads the weights, and `prepare` changes the loaded model: `llama.load` makes both from words such as
-        quantize="int8", fast=True. Raises ValueError, on every rank, where the folder is no whole checkpoint or does
-        not fit its tokenizer, the ranks, or the memory.
+        quantize="int8", fast=True. Raises, on every rank, CheckpointError where the folder is no whole checkpoint or
+        does not fit its tokenizer, NotEnoughMemory, and ValueError for what else can't be: both are ValueErrors.
 
         These are the steps, each public, for those who need others: parallel.start, checkpoint.open_checkpoint,
         Tokenizer, Transformer on the meta device, checkpoint.load, Llama.
         """
-        ranks = start(model_parallel_size, device=device, timeout=timeout)
+        ranks = start(model_parallel_size, device=device, timeout=timeout, silence=silence)
         dtype = dtype or default_dtype(ranks.device)
         with ranks.all_ranks():
             if dtype == torch.float16 and ranks.device.type == "cpu":
@@ -107,10 +109,8 @@ class Llama:
             tokenizer = Tokenizer(checkpoint.tokenizer_path if tokenizer_path is None else tokenizer_path)
             if tokenizer.n_words != args.vocab_size:
                 found = f"{tokenizer.n_words} pieces but the embedding in {checkpoint.path} has {args.vocab_size} rows"
-                remedy = (
-                    "use the tokenizer.model that came with this checkpoint (32000 pieces, or 32016 with infilling)"
-                )
-                raise ValueError(f"the tokenizer has {found}: {remedy}")
+                remedy = "use the tokenizer.model that came with this checkpoint (32000 pieces; 32016 with infilling)"
+                raise CheckpointError(f"the tokenizer has {found}: {remedy}")
             with torch.device("meta"):
                 model = Transformer(args)
             load(model, checkpoint, ranks, dtype)
@@ -126,16 +126,17 @@ class Llama:
     # Tokens ----------------------------------------------------------------------------------------------------------
 
     def stream(
-        self, prompts: Iterable[Prompt | str | Sequence[int]], max_gen_len: int | None = None,
+        self, prompts: Iterable[Prompt | str | Sequence[int | Message]], max_gen_len: int | None = None,
         temperature: float = 0.6, top_p: float = 0.9, *, logprobs: bool | int = False, **settings: Unpack[Settings],
     ) -> Generator[Event, None, None]:  # fmt: skip
-        """Writes an answer to each prompt (a Prompt, a text, or ids) and yields what is certain of it as it comes.
+        """Writes an answer to each prompt (a text, a dialog, ids, or a Prompt) and yields what is certain of it as it
+        comes. A dialog, as `chat_completion` takes, may contain no special tags.
 
         `max_gen_len` (default: all that max_seq_len has room for) limits each answer. More prompts than max_batch_size
         wait for a free row. `logprobs` gives each token's log-probability, and a number as many alternatives of it. Of
         a prompt that begins like what a row of the cache holds, only the rest is read. Raises ValueError, before the
-        model runs, for a prompt that is empty or longer than max_seq_len and for settings that can't be; later
-        QueueFull, NotFinite and LostRank.
+        model runs, for prompts and settings that can't be (PromptTooLong, which is one, for more than max_seq_len
+        tokens); later NotFinite and LostRank.
         """
         asked = [self._prompt(row, prompt) for row, prompt in enumerate(listed("prompts", prompts))]
         told = None if logprobs is False else 0 if logprobs is True else logprobs
@@ -167,13 +168,18 @@ class Llama:
             self.loop.check(requests[-1])
         return requests
 
-    def _prompt(self, row: int, prompt: Prompt | str | Sequence[int]) -> Prompt:
+    def _prompt(self, row: int, prompt: Prompt | str | Sequence[int | Message]) -> Prompt:
         if isinstance(prompt, (str, Prompt)):
             return forms.completion(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         try:
-            return Prompt([operator.index(token) for token in prompt], frozenset({self.tokenizer.eos_id}))
+            items: list[Any] = list(prompt)
+            if items and isinstance(items[0], Mapping):
+                return forms.dialog(self.tokenizer, items)
+            return Prompt([operator.index(token) for token in items], frozenset({self.tokenizer.eos_id}))
         except TypeError:
-            raise ValueError(f"prompt {row} is {prompt!r:.80}; give a text, a list of ids, or a Prompt") from None
+            raise ValueError(f"prompt {row} is {prompt!r:.80}; give a text, a dialog, ids, or a Prompt") from None
+        except ValueError as error:
+            raise ValueError(f"prompt {row}: {error}") from error
 
     def score(self, texts: Iterable[str | Sequence[int]]) -> list[Details]:
         """The log-probability of each token of given texts (or ids) after those before it; None for the first.

@@ -23,7 +23,7 @@ from fairscale.nn.model_parallel import layers, mappings
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 
-from llama.control import HOUR, WEEK, Processes, set_timeout, waiting
+from llama.control import HOUR, WEEK, Processes, set_silence, set_timeout, start_alone, waiting
 from llama.system import default_device, own_device
 
 INIT_STD = 0.02  # of freshly made weights, normal; as GPT-2's
@@ -49,13 +49,15 @@ class Ranks(Processes):
 
 def start(
     model_parallel_size: int | None = None, *, device: torch.device | str | None = None, timeout: float = 60.0,
-    init_method: str | None = None,
+    init_method: str | None = None, silence: bool | None = True,
 ) -> Ranks:  # fmt: skip
     """Joins the processes that torchrun started into groups of `model_parallel_size` (default: all of them).
 
     Calling it again returns the groups there are. `timeout`, in seconds, is how long a rank waits for the others in
     a collective before it gives up. `init_method` is torch.distributed's ("file:///..."; default: torchrun's).
     `device="cuda"` is this rank's own GPU; with several ranks it becomes the process's current one, as NCCL needs it.
+    What processes other than the first print to `sys.stdout` is dropped until `stop`, so that a script prints once;
+    with `silence=False` all print (None: as before).
     Raises ValueError where the number of processes is no multiple of `model_parallel_size`, or it is not the one
     the groups were started with, or a rank can't use its device; LostRank where other ranks don't come.
     """
@@ -69,7 +71,7 @@ def start(
     ranks = Ranks(int(os.environ.get("RANK", 0)), size, torch.device("cpu"), None, timeout)
     with ranks.named_loss():
         if not dist.is_initialized() and world_size == 1:
-            _start_alone()
+            start_alone()
         elif not dist.is_initialized():
             gpus = torch.cuda.is_available() and str(device or default_device()).startswith("cuda")
             backend, wait = "nccl" if gpus else "gloo", timedelta(seconds=timeout)
@@ -81,22 +83,9 @@ def start(
             there = groups.get_model_parallel_world_size()
             raise ValueError(f"model_parallel_size {size}, but this process is in a group of {there}: use that")
         ranks = replace(ranks, rank=groups.get_model_parallel_rank(), control=_control_group(size, timeout))
+    set_silence(silence and dist.get_rank() > 0)
     with ranks.all_ranks():  # a device may suit one rank alone
         return replace(ranks, device=own_device(device, world_size))
-
-
-class _Alone(dist.ProcessGroup):
-    """A group of one process. fairscale skips communication in it, so it needs no backend, which would open ports."""
-
-
-def _start_alone() -> None:
-    if not hasattr(dist.Backend, "ALONE"):
-        dist.Backend.register_backend(
-            "alone",
-            lambda store, rank, size, timeout: _Alone(rank, size),  # type: ignore[call-arg]
-            devices=["cpu", "cuda", "mps"],
-        )
-    dist.init_process_group("alone", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def _control_group(size: int, timeout: float) -> dist.ProcessGroup | None:
@@ -115,7 +104,8 @@ def _control_group(size: int, timeout: float) -> dist.ProcessGroup | None:
 
 
 def stop() -> None:
-    """Leaves the groups, so that the process ends without a complaint or may start others."""
+    """Leaves the groups, so that the process ends without a complaint or may start others. It may print again."""
+    set_silence(False)
     groups.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

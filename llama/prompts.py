@@ -7,7 +7,7 @@ answered. Every job ends in one thing, a `Prompt`: ids, the ids that end the ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -91,7 +91,8 @@ def has_special_tags(messages: Dialog) -> bool:
 def check_dialog(messages: Dialog) -> None:
     """Raises ValueError, naming the message, where the roles or contents can't be those of a dialog."""
     for i, message in enumerate(messages):
-        if not isinstance(message.get("content"), str) or message.get("role") not in ("system", "user", "assistant"):
+        given = (message.get("content"), message.get("role")) if isinstance(message, Mapping) else (None, None)
+        if not isinstance(given[0], str) or given[1] not in ("system", "user", "assistant"):
             raise ValueError(
                 f"message {i} of the dialog is {message!r}; it needs a role (system, user or assistant) and a content"
             )

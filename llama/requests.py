@@ -56,7 +56,8 @@ class Request:
         drawn = sampling if sampling.temperature else replace(sampling, seed=0)
         self.asked: tuple[Any, ...] = (prompt, limit, drawn, tuple(stop), logprobs, score, reuse, lookup)
         """What all ranks must agree on."""
-        self.prompt, self.limit, self.sampling = prompt, limit, sampling
+        self.prompt, self.limit, self.sampling, self.reused = prompt, limit, sampling, -1
+        """`reused`: how many of the prompt's tokens its row held already; -1 until it has a row."""
         self.logprobs, self.score, self.reuse, self.row, self.allowed = logprobs, score, reuse, row, allowed
         self.lookup = Lookup(0 if sampling.has_penalties else lookup)
         self.stop_ids = prompt.stop | {s for s in stop if isinstance(s, int)}

@@ -19,27 +19,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.errors import CheckpointError, LlamaError, NotEnoughMemory
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Makes a ValueError of what the system says of a file or a folder that can't be read."""
+    """Makes a CheckpointError of what the system says of a file or a folder that can't be read, and of a ValueError."""
     try:
         yield
     except OSError as error:
         found = f"{error.filename or 'a file'} can't be read ({error.strerror or error})"
-        raise ValueError(f"{found}: check the path and its permissions") from error
+        raise CheckpointError(f"{found}: check the path and its permissions") from error
+    except ValueError as error:
+        if isinstance(error, LlamaError):
+            raise
+        raise CheckpointError(str(error)).with_traceback(error.__traceback__) from error.__cause__
 
 
 @readable()
 def read_plain(path: Path, most: int = -1) -> bytes:
-    """The first bytes of a file, or all. ValueError where there is none, or another thing: a pipe is not opened, since
-    that may wait for ever."""
+    """The first bytes of a file, or all. CheckpointError where there is none, or another thing: a pipe is not opened,
+    since that may wait for ever."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe, a device or a broken link"
         found = found if os.path.lexists(path) else "missing"
-        raise ValueError(f"{path} is {found}: it is a file in a download; copy or download it again")
+        raise CheckpointError(f"{path} is {found}: it is a file in a download; copy or download it again")
     with path.open("rb") as file:
         return file.read(most)
 
@@ -49,9 +55,9 @@ def read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(contents.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from error
     if not isinstance(params, dict):
-        raise ValueError(f"{path} holds {type(params).__name__} instead of an object of sizes: download it again")
+        raise CheckpointError(f"{path} holds {type(params).__name__} instead of an object of sizes: download it again")
     return params
 
 
@@ -59,9 +65,9 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     head = read_plain(path, 64).lstrip()
     size = path.stat().st_size
     if head.startswith(b"<"):
-        raise ValueError(f"{path} is a web page, not a shard: the download link had expired; ask for a new one")
+        raise CheckpointError(f"{path} is a web page, not a shard: the download link had expired; ask for a new one")
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the shard itself: run `git lfs pull` in its repository")
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the shard: run `git lfs pull` in its repository")
     try:
         members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
         shard = torch.load(path, map_location="cpu", mmap=bool(members), weights_only=True)
@@ -70,11 +76,11 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         if isinstance(error, pickle.UnpicklingError):
             found = "is damaged, or loading it would run code: check it against checklist.chk, or take another source"
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{path} ({size:,} bytes) {found}. ({reason})") from error
+        raise CheckpointError(f"{path} ({size:,} bytes) {found}. ({reason})") from error
     entries: dict[str, Tensor] = shard if isinstance(shard, dict) else {type(shard).__name__: shard}
     odd = [key for key, t in entries.items() if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta]
     if odd or not all(isinstance(key, str) for key in entries):
-        raise ValueError(f"{path} holds no plain dictionary of dense tensors ({some_of(odd)}): take a published shard")
+        raise CheckpointError(f"{path} holds no plain dictionary of dense tensors ({some_of(odd)}): take another")
     _check_members(path, members, entries)
     return entries
 
@@ -88,7 +94,7 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo], shard: dict[str, 
     pairs = zip(sorted(storages.items()), stored, strict=False)
     wrong = [name for (_, (nbytes, name)), size in pairs if nbytes != size]
     if wrong:
-        raise ValueError(f"{path} holds {some_of(wrong)} compressed or cut short: download it, or save it, again")
+        raise CheckpointError(f"{path} holds {some_of(wrong)} compressed or cut short: download it, or save it, again")
 
 
 @contextmanager
@@ -155,11 +161,11 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def require_memory(weights: int, cache: int, device: torch.device) -> None:
-    """Raises ValueError where bytes of weights and of KV cache are more than what is free. CODELLAMA_IGNORE_PLAN=1 lets
-    everything pass. `codellama plan` counts the rest as well."""
+    """Raises NotEnoughMemory where bytes of weights and of KV cache are more than what is free. CODELLAMA_IGNORE_PLAN=1
+    lets everything pass. `codellama plan` counts the rest as well."""
     free = free_memory(device)
     if free is not None and weights + cache > free and not os.environ.get("CODELLAMA_IGNORE_PLAN"):
-        raise ValueError(
+        raise NotEnoughMemory(
             f"this needs {weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of KV cache on each rank, but "
             f"{device} has {free / 1e9:.1f} GB free: lower max_batch_size or max_seq_len, or load in fewer bits "
             "(llama.load(quantize=...)); `codellama plan` says what would fit"

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from sentencepiece import SentencePieceProcessor
 
+from llama.errors import CheckpointError
+
 MARKS = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<step>", *("▁<EOT>" * n for n in range(2, 7)))
 """Pieces with a meaning, which text must not produce."""
 # A piece of its own in Code Llama's vocabulary: what follows it is encoded as the middle of a text.
@@ -24,13 +26,13 @@ class Tokenizer:
     Instruct); `pad_id` is -1, since Llama has no pad piece."""
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        """Raises ValueError where there is no SentencePiece model at `model_path`."""
+        """Raises CheckpointError where there is no SentencePiece model at `model_path`."""
         if not os.path.isfile(model_path):
-            raise ValueError(f"there is no tokenizer at {model_path}; pass the path of a tokenizer.model")
+            raise CheckpointError(f"there is no tokenizer at {model_path}; pass the path of a tokenizer.model")
         try:
             self.sp_model = SentencePieceProcessor(model_file=os.fspath(model_path))
         except Exception as error:
-            raise ValueError(
+            raise CheckpointError(
                 f"{model_path} is not a SentencePiece model ({os.path.getsize(model_path):,} bytes): "
                 "download it again; the published one is 499,723 bytes or a little more"
             ) from error

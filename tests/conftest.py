@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Pa
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     checkpoint.save(folder, ARGS, WEIGHTS, 1, tokenizer_path)
     return folder
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, Any]]]:
+    """What commands of the rooms print: the lines of each table, and what --json prints in its place."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+
+    def tell(text: str, values: dict[str, Any], as_json: bool) -> None:
+        found.append((text.splitlines(), json.loads(json.dumps(values, default=str))))
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("llama.") and name != "llama.evals.record" and hasattr(module, "tell"):
+            monkeypatch.setattr(module, "tell", tell)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from json import dumps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
-from fire.decorators import SetParseFns
+from typing_extensions import Unpack
 
 from llama.bench import editing as editings
 from llama.bench.figures import Figure, draw, figures, rows_of, table
@@ -38,15 +37,30 @@ from llama.bench.rounds import spread
 from llama.bench.shapes import SHAPES, random_model, shape_args, tokenizer_of, write_tokenizer
 from llama.bench.subject import Ours, Subject, Work, work_of
 from llama.checkpoint import open_checkpoint, save
-from llama.cli import PATHS
 from llama.evals.cli import read_sources
-from llama.evals.record import Record, origin, save_record
+from llama.evals.record import Record, begin, origin, save_record, tell
 from llama.evals.table import render
 from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
 from llama.interop.huggingface import to_config
 from llama.interop.names import ROTATED, to_halves, to_huggingface
 from llama.model import Transformer
+from llama.options import (
+    Above,
+    Count,
+    Counts,
+    Lengths,
+    Loading,
+    MaybeCount,
+    MaybeOut,
+    MaybeSources,
+    MaybeText,
+    choice,
+    nearest,
+    one_of,
+    several,
+    unset,
+)
 from llama.parallel import start
 from llama.system import DTYPES
 
@@ -121,7 +135,10 @@ def variant_of(name: str) -> Variant:
     parts = []
     for word in name.split("+"):
         if word not in VARIANTS:
-            raise ValueError(f"there is no variant {word}; choose {', '.join(VARIANTS)}, or several joined by +")
+            near = nearest(word, list(VARIANTS))
+            raise ValueError(
+                f"there is no variant {word}{near} (there are {', '.join(VARIANTS)}, or several joined by +)"
+            )
         parts.append(VARIANTS[word])
     changes = [part.change_ for part in parts if part.change_]
     settles = [part.settle_ for part in parts if part.settle_]
@@ -230,55 +247,55 @@ class Source:
         return next((files for files in found if files), [])
 
 
-def _words(given: Any, default: Sequence[str]) -> list[str]:
-    """What fire makes of words with commas between."""
-    if given is None:
-        return list(default)
-    return [str(word) for word in (given.split(",") if isinstance(given, str) else given)]
-
-
-def _numbers(given: Any) -> list[int]:
-    return [int(number) for number in (given if isinstance(given, Sequence) else [given])]
+def known_variant(name: str) -> str:
+    variant_of(name)
+    return name
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-@SetParseFns(preset=str, variants=str, measures=str, against=str, out=str, sources=str, **PATHS)  # type: ignore[untyped-decorator]
+Preset = Annotated[str | None, choice(SHAPES)]
+
+
 def command(
     *,
-    preset: str | None = None,
-    layers: int | None = None,
-    variants: str | None = None,
-    against: str | None = None,
-    measures: str | None = None,
-    batches: int | Sequence[int] = (1, 8, 32),
-    lengths: int | Sequence[int] = (512, 2048),
+    preset: Preset = None,
+    layers: MaybeCount = None,
+    variants: Annotated[tuple[str, ...], several("VARIANT", known_variant), unset("plain,fast")] = (),
+    against: Annotated[tuple[str, ...], several("PEER", one_of(PEERS)), unset("none")] = (),
+    measures: Annotated[
+        tuple[str, ...],
+        several("MEASURE", one_of(MEASURES)),
+        unset("all, but load for checkpoints only: for a preset it writes the weights to a scratch folder"),
+    ] = (),
+    batches: Counts = (1, 8, 32),
+    lengths: Lengths = (512, 2048),
     long: bool = False,
-    prompt: int = 128,
-    tokens: int = 32,
-    rounds: int = 7,
-    size: float = 1.0,
+    prompt: Count = 128,
+    tokens: Count = 32,
+    rounds: Count = 7,
+    size: Above = 1.0,
     editing: bool = False,
-    lookup: int = 8,
-    prompts: int = 8,
-    sources: str | None = None,
-    out: str | None = None,
-    **options: Any,
+    prompts: Count = 8,
+    sources: MaybeSources = None,
+    out: MaybeOut = None,
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """How fast a model decodes, reads prompts, gives its first token and loads, and the memory that it takes.
 
     Each figure is the median of rounds in which all variants take turns, with the lowest and the highest round; ratios
-    are taken within rounds. Beside it stands what the machine would allow, measured in the same rounds.
+    are taken within rounds. Beside it stands what the machine would allow, measured in the same rounds. The model is
+    in bfloat16 unless --dtype says otherwise; --max_seq_len and --max_batch_size follow from the measures.
 
     Args:
-        preset: a shape with random weights instead of a checkpoint: 7B, 13B, 34B, 70B, or S (110 M) and M (1.1 B).
+        preset: a shape with random weights instead of a checkpoint; S has 110 M parameters, M 1.1 B.
         layers: how many of the preset's layers; figures for all are then extrapolated, and say so.
-        variants: plain, fast, int8, int4, int4:128, int8-dynamic, int4-dynamic, nf4, compile, lookup, with commas
-            between; + joins several: fast+compile (default: plain and fast).
+        variants: plain, fast, int8, int4, int4:128, int8-dynamic, int4-dynamic, nf4, compile, lookup; + joins several:
+            fast+compile.
         against: a peer with the same weights: transformers.
-        measures: some of decode, loop, prefill, first_token, load, memory (default: all, but load for checkpoints
-            only: for a preset it writes the weights to a scratch folder).
+        measures: some of decode,loop,prefill,first_token,load,memory.
         batches: rows that are decoded together.
         lengths: tokens of the prompts of prefill; the first also of first_token, the last of memory.
         long: a prompt of 16,384 tokens as well.
@@ -286,36 +303,36 @@ def command(
         tokens: how many are decoded in a round.
         rounds: that count, after one that doesn't.
         size: of the probes of the machine; 1 for figures, less to try.
-        editing: measure what prompt lookup brings instead.
-        lookup: tokens that --editing guesses at a time.
+        editing: measure what prompt lookup brings instead, of --lookup tokens at a time (8).
         prompts: of each kind for --editing.
-        sources: a folder of .py files or a corpus for --editing (default: held-out files of the standard library).
+        sources: a folder of .py files or a corpus for --editing.
         out: a folder for CSV, JSON and PNG.
-        options: those of Llama.build: --ckpt_dir --device --dtype (default: bfloat16) --prefill_chunk …
+        json: print JSON instead of the table.
     """
-    began = time.monotonic()
     if layers is not None and preset is None:
         raise ValueError("--layers without --preset: a checkpoint is measured whole")
-    taken = [name for name in ("max_seq_len", "max_batch_size") if name in options]
+    if not (batches and lengths):
+        raise ValueError("--batches and --lengths are empty: give at least one of each, or choose other --measures")
+    taken = [name for name in ("max_seq_len", "max_batch_size") if name in loading]
     if taken:
         raise ValueError(f"--{taken[0]} is chosen by the measures: give --batches, --lengths and --tokens instead")
-    twice = [name for name in ("fast", "quantize", "compile") if name in options]
+    twice = [name for name in ("fast", "quantize", "compile") if name in loading]
     if twice:
         raise ValueError(f"--{twice[0]} is a variant here: name it in --variants, so that it takes turns with others")
-    source = Source(preset, layers, {"dtype": "bfloat16", **options})
-    names = _words(variants, _default_variants())
+    if preset is not None:
+        shape_args(preset, layers)
+    lookup = loading.pop("lookup", None) or 8
+    began = begin(out, draws=not editing)
+    source = Source(preset, layers, {"dtype": "bfloat16", **loading})
+    names = list(variants or _default_variants())
     asked = {"preset": preset, "layers": layers, "variants": names, "rounds": rounds, **source.options}
     if editing:
-        _edit(source, names, lookup, prompts, rounds, read_sources(sources), out, {**asked, "sources": sources}, began)
+        asked["sources"] = sources
+        _edit(source, names, lookup, prompts, rounds, read_sources(sources), out, asked, began, json)
         return
-    wanted = _words(measures, [m for m in MEASURES if preset is None or m != "load"])
-    peers = _words(against, ())
-    if any(measure not in MEASURES for measure in wanted) or any(peer not in PEERS for peer in peers):
-        raise ValueError(
-            f"--measures {','.join(wanted)} --against {','.join(peers) or 'nothing'}; choose of {', '.join(MEASURES)}, "
-            f"and against there is {', '.join(PEERS)}"
-        )
-    sizes = [*_numbers(lengths), *([LONG] if long else [])]
+    wanted = measures or [m for m in MEASURES if preset is None or m != "load"]
+    peers = against
+    sizes = [*lengths, *([LONG] if long else [])]
     bases = list(dict.fromkeys([*peers, names[0]]))
     subjects = {name: source.subject(name) for name in [*peers, *names]}
     lead = next(subject.llama for subject in subjects.values() if isinstance(subject, Ours))
@@ -323,7 +340,7 @@ def command(
     machine = Machine(lead.model.args, device, chunk, rounds, ways=_ways(), size=size, progress=leads)
     found = roofline(machine, list(dict.fromkeys(["float32", *(s.work.arithmetic for s in subjects.values()), "int8"])))
     alone, loop = "decode" in wanted, "loop" in wanted
-    for rows in _numbers(batches) if alone or loop else ():
+    for rows in batches if alone or loop else ():
         found += decode(machine, subjects, rows, prompt, tokens, source.whole_layers, alone=alone, loop=loop)
     for length in sizes if "prefill" in wanted else ():
         found += prefill(machine, subjects, length, source.whole_layers)
@@ -336,8 +353,12 @@ def command(
         del subjects, machine  # the processes need the room
         shown += _memory(source, [*peers, *names], sizes[-1])
     if leads:
-        used = {"against": peers, "prompt": prompt, "tokens": tokens, "prefill_chunk": chunk, "size": size}
-        _report(lead, shown, bases, {**asked, **used}, out, began)
+        used = {"against": list(peers), "prompt": prompt, "tokens": tokens, "prefill_chunk": chunk, "size": size}
+        made_of = {**asked, **used}
+        if out is not None:
+            save_record(Record("bench", rows_of(shown), made_of), out, began, lead, partial(draw, shown))
+        values = {"measure": "bench", **origin(lead), **made_of, "figures": _given(shown)}
+        tell(table(shown, bases), values, json)
 
 
 def _default_variants() -> list[str]:
@@ -389,8 +410,9 @@ def _memory(source: Source, names: Sequence[str], tokens: int) -> list[Figure]:
     return sorted(found, key=lambda figure: figure.measure)
 
 
-@SetParseFns(variant=str, preset=str, **PATHS)  # type: ignore[untyped-decorator]
-def grow(*, variant: str, tokens: int, preset: str | None = None, layers: int | None = None, **options: Any) -> None:
+def grow(
+    *, variant: str, tokens: Count, preset: MaybeText = None, layers: MaybeCount = None, **loading: Unpack[Loading]
+) -> None:
     """Prints by how many bytes a run makes this process grow: to be started in a fresh one, as `bench` does.
 
     Args:
@@ -398,9 +420,8 @@ def grow(*, variant: str, tokens: int, preset: str | None = None, layers: int | 
         tokens: of the prompt that is read.
         preset: as of bench.
         layers: as of bench.
-        options: those of Llama.build.
     """
-    source = Source(preset, layers, {"dtype": "bfloat16", **options})
+    source = Source(preset, layers, {"dtype": "bfloat16", **loading})
 
     def warm_up() -> None:
         small = Source(None, None, {key: value for key, value in source.options.items() if key in PRESET_OPTIONS})
@@ -414,23 +435,9 @@ def grow(*, variant: str, tokens: int, preset: str | None = None, layers: int | 
         return subject
 
     words = open_checkpoint(source.options.get("ckpt_dir") or EMBEDDED).args().vocab_size if preset is None else 0
-    device = start(device=options.get("device")).device
+    device = start(device=loading.get("device")).device
     found = growth(warm_up, make, words or shape_args(str(preset)).vocab_size, tokens, device)
-    print(json.dumps(asdict(found)))
-
-
-def _report(
-    llama: Llama,
-    shown: Sequence[Figure],
-    bases: Sequence[str],
-    asked: Mapping[str, Any],
-    out: str | None,
-    began: float,
-) -> None:
-    print(table(shown, bases))
-    if out is not None:
-        save_record(Record("bench", rows_of(shown), asked), out, began, llama, partial(draw, shown))
-    print(json.dumps({"measure": "bench", **origin(llama), **asked, "figures": _given(shown)}, default=str))
+    print(dumps(asdict(found)))
 
 
 def _given(shown: Sequence[Figure]) -> list[dict[str, Any]]:
@@ -448,6 +455,7 @@ def _edit(
     out: str | None,
     asked: Mapping[str, Any],
     began: float,
+    as_json: bool,
 ) -> None:
     """`--editing`: prompt lookup on each variant by itself."""
     rows: list[dict[str, Any]] = []
@@ -468,11 +476,11 @@ def _edit(
     if not llama.ranks.leads:
         return
     header = ["", "", "tokens/s without", f"with {lookup}", "ratio (lowest–highest)", "guesses right", "tokens a pass"]
-    print(render(header, [_edit_row(row) for row in rows]))
     if out is not None:
         flat = [{key: _median(value) for key, value in row.items()} for row in rows]
         save_record(Record("editing", flat, {**asked, "lookup": lookup}), out, began, llama)
-    print(json.dumps({"measure": "editing", **origin(llama), **asked, "lookup": lookup, "kinds": rows}, default=str))
+    values = {"measure": "editing", **origin(llama), **asked, "lookup": lookup, "kinds": rows}
+    tell(render(header, [_edit_row(row) for row in rows]), values, as_json)
 
 
 def _edit_row(row: Mapping[str, Any]) -> list[str]:

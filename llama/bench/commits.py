@@ -23,7 +23,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+if __name__ != "__main__" or sys.argv[1:2] != ["serve"]:  # the other checkout may be older than this module
+    from llama.options import Count, Dtype, Positional, one_of, several
 
 MEASURES = ("loop1", "drawn1", "loop8", "batch64", "mixed64")
 
@@ -74,20 +77,28 @@ def serve(fast: bool, dtype: str, threads: int) -> None:
 
 
 def compare(
-    before: str,
-    now: str,
-    measures: str | tuple[str, ...] = MEASURES,
-    rounds: int = 15,
-    threads: int = 2,
+    before: Positional[str],
+    now: Positional[str],
+    *,
+    measures: Annotated[tuple[str, ...], several("MEASURE", one_of(MEASURES))] = MEASURES,
+    rounds: Count = 15,
+    threads: Count = 2,
     fast: bool = False,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Prints for each measure the speed of the checkout NOW over that of BEFORE."""
-    names = measures.split(",") if isinstance(measures, str) else list(measures)
-    if set(names) - set(MEASURES):
-        raise ValueError(f"--measures {','.join(names)}: choose of {', '.join(MEASURES)}")
+    """Prints for each measure the speed of the checkout NOW over that of BEFORE.
+
+    Args:
+        before: a folder with a checkout of this project.
+        now: another.
+        measures: some of loop1,drawn1,loop8,batch64,mixed64.
+        rounds: in which both take turns.
+        threads: of each.
+        fast: with fused blocks.
+        dtype: of the weights.
+    """
     workers = [_started(Path(root), fast, dtype, threads) for root in (before, now)]
-    for name in names:
+    for name in measures:
         seconds: tuple[list[float], list[float]] = ([], [])
         for turn in range(rounds + 1):
             for which in (0, 1) if turn % 2 else (1, 0):
@@ -135,4 +146,4 @@ if __name__ == "__main__":
     else:
         from llama.cli import run
 
-        run(compare)
+        run(compare, "python -m llama.bench.commits")

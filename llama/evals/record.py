@@ -8,9 +8,11 @@ people would rather see than read is drawn, by matplotlib (extra `[plot]`), on a
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llama.generation import Llama
+from llama.options import folder
 from llama.system import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+INSTALL = "pip install matplotlib"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,26 @@ def commit() -> str | None:
         return None
 
 
+def begin(out: str | Path | None, draws: bool = True) -> float:
+    """The time at which a measurement begins whose results go to OUT (None: nowhere). What would spoil them is said
+    now: ValueError where OUT can't be written to, and a warning where there is no matplotlib to draw with."""
+    if out is not None:
+        folder(str(out))
+        if draws and not drawable():
+            warnings.warn(f"nothing will be drawn in {out}, since matplotlib is missing: {INSTALL}", stacklevel=2)
+    return time.monotonic()
+
+
+def drawable() -> bool:
+    """Whether there is matplotlib."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def tell(text: str, values: Mapping[str, Any], as_json: bool) -> None:
+    """Prints a table for people, or the same as a line of JSON for programs."""
+    print(json.dumps(values, default=str) if as_json else text, flush=True)
+
+
 def save_record(
     record: Record,
     out: str | Path,
@@ -77,24 +102,23 @@ def save_record(
     llama: Llama | None = None,
     draw: Callable[[Figure], None] | None = None,
 ) -> None:
-    """Writes OUT/NAME.csv, .json and, where there is something to draw, .png. `started` is time.monotonic() of the
-    beginning. Call it on one rank. Raises ValueError for a record without rows, and where matplotlib is missing; the
-    figures are written by then."""
+    """Writes OUT/NAME.csv, .json and, where there is something to draw and matplotlib to draw with, .png. `started` is
+    what `begin` returned. Call it on one rank. Raises ValueError for a record without rows."""
     if not record.rows:
         raise ValueError(f"{record.name} has no rows: nothing was measured")
-    folder = Path(out)
+    place = Path(out)
     with (
-        replacing(folder / f"{record.name}.csv") as temporary,
+        replacing(place / f"{record.name}.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, list(record.rows[0]))
         writer.writeheader()
         writer.writerows(record.rows)
     facts = {**origin(llama), "seconds": round(time.monotonic() - started, 2), **record.made_of}
-    with replacing(folder / f"{record.name}.json") as temporary:
+    with replacing(place / f"{record.name}.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
-    if draw is not None:
-        with picture(folder / f"{record.name}.png") as figure:
+    if draw is not None and drawable():
+        with picture(place / f"{record.name}.png") as figure:
             draw(figure)
 
 
@@ -104,7 +128,7 @@ def picture(path: Path, width: float = 8, height: float = 4.5) -> Iterator[Figur
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(f"{path.name} is drawn by matplotlib: pip install 'codellama[plot]'") from error
+        raise ValueError(f"{path.name} is drawn by matplotlib: {INSTALL}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     with replacing(path) as temporary:

@@ -1,4 +1,5 @@
-"""How much memory converting and loading take: `python -m llama.interop.bench_memory`, a table and a line of JSON.
+"""How much memory converting and loading take: `python -m llama.interop.bench_memory`, a table, or with --json a
+line of JSON.
 
 A random checkpoint of some gigabytes is made in a scratch folder, converted there and back, and loaded. Each step runs
 in a process of its own, whose private memory (RssAnon of Linux's /proc/self/status: what no file can give back) is
@@ -9,13 +10,13 @@ are shown beside it.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from json import dumps
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from llama.config import ModelArgs
 from llama.interop.convert import Job, convert, write_meta
 from llama.interop.layout import shard_shapes, whole_shapes
 from llama.model import Transformer
+from llama.options import Above, MaybeOut
 from llama.parallel import start
 
 
@@ -120,18 +122,24 @@ def _growth(step: Callable[..., None], given: tuple[Any, ...]) -> tuple[int, int
     return peak[0] - before[0], peak[1] - before[1], seconds
 
 
-def bench(*, gigabytes: float = 2.2, folder: str | None = None) -> None:
+def bench(*, gigabytes: Above = 2.2, folder: MaybeOut = None, json: bool = False) -> None:
     """Prints what converting and loading take.
 
     Args:
         gigabytes: of the checkpoint that is made, in bfloat16. Four times as much is needed on the disk.
-        folder: where to make it (default: the system's place for temporary files).
+        folder: where to make it (none: the system's place for temporary files).
+        json: print JSON instead of the table.
     """
+
+    def show(line: str) -> None:
+        if not json:
+            print(line, flush=True)
+
     args = architecture(gigabytes)
     shapes = whole_shapes(args)
     whole, largest = (f(prod(shape) for shape in shapes.values()) for f in (sum, max))
-    print(f"{args.n_layers} layers, {whole:,} parameters; the largest tensor has {largest:,}")
-    print(f"{'step':32} {'seconds':>8} {'private':>10} {'allowed':>10} {'ratio':>6} {'of files':>10}   MB")
+    show(f"{args.n_layers} layers, {whole:,} parameters; the largest tensor has {largest:,}")
+    show(f"{'step':32} {'seconds':>8} {'private':>10} {'allowed':>10} {'ratio':>6} {'of files':>10}   MB")
     results = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         two, hf, four = Path(scratch, "two"), Path(scratch, "hf"), Path(scratch, "four")
@@ -147,9 +155,10 @@ def bench(*, gigabytes: float = 2.2, folder: str | None = None) -> None:
         for name, allowed, step, given in steps:
             private, mapped, seconds = growth(step, *given)
             numbers = [f"{n / 1e6:10,.0f}" for n in (private, allowed, mapped)]
-            print(f"{name:32} {seconds:8.1f} {numbers[0]} {numbers[1]} {private / allowed:6.2f} {numbers[2]}")
+            show(f"{name:32} {seconds:8.1f} {numbers[0]} {numbers[1]} {private / allowed:6.2f} {numbers[2]}")
             results.append({"step": name, "seconds": seconds, "private": private, "allowed": allowed, "mapped": mapped})
-    print(json.dumps({"parameters": whole, "largest": largest, "steps": results}))
+    if json:
+        print(dumps({"parameters": whole, "largest": largest, "steps": results}))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from llama.config import ModelArgs
 from llama.interop.layout import Shape, args_of, read_json, shard_shapes, whole_shapes
 from llama.interop.names import to_huggingface
 from llama.interop.stored import AGAIN, Fault, Stored, look_through, read_header
+from llama.options import Positional
 from llama.system import some_of
 from llama.tokenizer import Tokenizer
 
@@ -340,8 +340,7 @@ def render(verdicts: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
-@SetParseFns(ckpt_dir=str)  # type: ignore[untyped-decorator]
-def command(ckpt_dir: str, *, quick: bool = False) -> None:
+def command(ckpt_dir: Positional[str], *, quick: bool = False) -> None:
     """A verdict on each file of a checkpoint in CKPT_DIR, with the remedy; exit code 1 where one is bad.
 
     Args:

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
-from fire.decorators import SetParseFns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from llama.interop.huggingface import HuggingFace, to_config, trained_context, w
 from llama.interop.layout import shard_shapes, whole_shapes
 from llama.interop.names import ROTATED, to_halves, to_huggingface
 from llama.interop.tokenizer import write_tokenizer
+from llama.options import Count, MaybeDtype, Positional, choice
 from llama.system import DTYPES, some_of
 
 FILE_BYTES = 5_000_000_000
@@ -407,21 +407,24 @@ WRITERS: dict[str, Callable[[Job, Path], None]] = {
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-@SetParseFns(src=str, dst=str)  # type: ignore[untyped-decorator]
 def command(
-    src: str, dst: str, *, to: str, shards: int = 1, dtype: str | None = None, quant: str | None = None
+    src: Positional[str],
+    dst: Positional[str],
+    *,
+    to: Literal["hf", "meta", "gguf"],
+    shards: Count = 1,
+    dtype: MaybeDtype = None,
+    quant: Annotated[str | None, choice(QUANTS)] = None,
 ) -> None:
     """Writes the checkpoint SRC, of any format, as a new folder DST, or as a new file with --to gguf.
 
     Args:
         src: a folder in Meta's or Hugging Face's format, or a .gguf file.
         dst: what doesn't exist yet.
-        to: hf, meta or gguf.
+        to: the format.
         shards: into how many files to cut (with --to meta).
-        dtype: float32, bfloat16 or float16 (default: as stored).
-        quant: f32, f16, bf16 or q8_0 (with --to gguf; default: f16).
+        dtype: of the weights (none: as stored).
+        quant: what matrices are stored in (with --to gguf; none: f16).
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
     convert(src, dst, to, shards, None if dtype is None else DTYPES[dtype], quant, progress=True)
     print(f"{dst}: written in the format {to}")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fire.decorators import SetParseFns
+from llama.options import MaybeOut, MaybeText, Positional
 
 PART = r"(-\d+-of-\d+)?"
 WEIGHTS = {
@@ -124,17 +124,16 @@ def _refusal(errors: Any, error: Exception, repo: str, revision: str | None, tar
     return None
 
 
-@SetParseFns(repo=str, revision=str, out=str)  # type: ignore[untyped-decorator]
-def command(repo: str, *, revision: str | None = None, out: str | None = None) -> None:
+def command(repo: Positional[str], *, revision: MaybeText = None, out: MaybeOut = None) -> None:
     """Downloads REPO (owner/name) from the Hugging Face hub, without what is there twice.
 
     Args:
         repo: for example codellama/CodeLlama-7b-hf.
-        revision: a branch, tag or commit (default: the main branch).
-        out: where to (default: a folder of the repository's name).
+        revision: a branch, tag or commit (none: the main branch).
+        out: where to (none: a folder of the repository's name).
     """
     folder = download(repo, out, revision)
     print(f"{repo} is in {folder}. What to type now:")
     print(f"  codellama check {folder}")
-    print(f"  codellama plan {folder} --max_seq_len 4096 --max_batch_size 1")
-    print(f'  codellama complete "def fibonacci(n):" --ckpt_dir {folder} --max_seq_len 4096 --max_batch_size 1')
+    print(f"  codellama plan {folder}")
+    print(f'  codellama complete "def fibonacci(n):" --ckpt_dir {folder}')

@@ -120,8 +120,14 @@ class GGUF:
             spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        note_context(self.path, self._value("llama.context_length"), **limits)
+        note_context(self.path, self.context, **limits)
         return replace(args, **limits)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was made for, where the file says so."""
+        told = self._value("llama.context_length")
+        return int(told) if isinstance(told, int) else None
 
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)

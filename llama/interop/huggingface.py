@@ -61,6 +61,12 @@ class HuggingFace:
         return self.path / "tokenizer.model"
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model was made for, where the file says so."""
+        told = self.config.get("max_position_embeddings")
+        return told if isinstance(told, int) else None
+
+    @property
     def _tied(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", False))
 
@@ -87,7 +93,7 @@ class HuggingFace:
             check_sizes(args, self.names(), dim)
         except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
-        note_context(self.path, self.config.get("max_position_embeddings"), **limits)
+        note_context(self.path, self.context, **limits)
         return replace(args, **limits)
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:

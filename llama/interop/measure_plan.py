@@ -15,17 +15,16 @@ tensors take, not what glibc keeps for later.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from json import dumps
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
 import torch
-from fire.decorators import SetParseFns
 
 from llama.checkpoint import open_checkpoint, save
 from llama.cli import run
@@ -33,6 +32,7 @@ from llama.config import ModelArgs
 from llama.generation import EMBEDDED, Llama
 from llama.interop.layout import whole_shapes
 from llama.interop.memory import Device, Settings, plan
+from llama.options import Count, Dtype, Positional, one_of, several
 from llama.system import DTYPES
 from llama.tokenizer import Tokenizer
 
@@ -71,8 +71,7 @@ def fill(llama: Llama) -> None:
             pass
 
 
-@SetParseFns(folder=str)  # type: ignore[untyped-decorator]
-def grow(folder: str, *, slots: int, rows: int, chunk: int, device: str, dtype: str) -> None:
+def grow(folder: Positional[str], *, slots: Count, rows: Count, chunk: Count, device: Device, dtype: Dtype) -> None:
     """Prints by how many bytes a run makes this process grow. To be started in a fresh one, as `compare` does."""
     fill(Llama.build(max_seq_len=600, max_batch_size=2, device=device, dtype=DTYPES[dtype]))
     gc.collect()
@@ -109,44 +108,45 @@ def _grown(folder: Path, **options: Any) -> int:
 
 def compare(
     *,
-    shapes: str | tuple[str, ...] = tuple(SHAPES),
-    slots: int = 2048,
-    rows: int = 2,
-    chunk: int = 512,
-    device: str = "cpu",
-    dtype: str = "float32",
-    stored: str = "bfloat16",
+    shapes: Annotated[tuple[str, ...], several("SHAPE", one_of(SHAPES))] = tuple(SHAPES),
+    slots: Count = 2048,
+    rows: Count = 2,
+    chunk: Count = 512,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    stored: Dtype = "bfloat16",
+    json: bool = False,
 ) -> None:
-    """Prints for each shape the planned and the measured bytes and their ratio, and last one line of JSON.
+    """Prints for each shape the planned and the measured bytes and their ratio.
 
     Args:
-        shapes: some of embedded, 110M, 400M, with commas between.
+        shapes: some of embedded,110M,400M.
         slots: max_seq_len.
         rows: max_batch_size.
         chunk: prompt tokens read at once.
-        device: cpu or cuda.
+        device: what it runs on.
         dtype: in which to run.
         stored: in which the random weights lie on disk; as `dtype`, they stay mapped on a CPU.
+        json: print JSON instead of the table.
     """
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise ValueError("resident memory is read from Linux's /proc, which is not here: measure with --device cuda")
-    names = shapes.split(",") if isinstance(shapes, str) else list(shapes)
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown or dtype not in DTYPES or stored not in DTYPES:
-        raise ValueError(f"choose --shapes of {', '.join(SHAPES)}, and --dtype and --stored of {', '.join(DTYPES)}")
     results = []
-    print(f"{'shape':10} {'planned':>15} {'measured':>15} {'ratio':>7}")
-    for name in names:
+    if not json:
+        print(f"{'shape':10} {'planned':>15} {'measured':>15} {'ratio':>7}")
+    for name in shapes:
         with tempfile.TemporaryDirectory() as scratch:
             folder = make(name, Path(scratch), DTYPES[stored])
             args = open_checkpoint(folder).args(max_seq_len=slots, max_batch_size=rows)
-            settings = Settings(1, DTYPES[dtype], prefill_chunk=chunk, device=cast("Device", device))
+            settings = Settings(1, DTYPES[dtype], prefill_chunk=chunk, device=device)
             planned = plan(args, settings).total
             measured = _grown(folder, slots=slots, rows=rows, chunk=chunk, device=device, dtype=dtype)
         results.append({"shape": name, "planned": planned, "measured": measured, "ratio": round(planned / measured, 4)})
-        print(f"{name:10} {planned:15,} {measured:15,} {planned / measured:7.3f}", flush=True)
+        if not json:
+            print(f"{name:10} {planned:15,} {measured:15,} {planned / measured:7.3f}", flush=True)
     settings_used = {"slots": slots, "rows": rows, "chunk": chunk, "device": device, "dtype": dtype, "stored": stored}
-    print(json.dumps({**settings_used, "results": results}))
+    if json:
+        print(dumps({**settings_used, "results": results}))
 
 
 if __name__ == "__main__":

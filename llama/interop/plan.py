@@ -1,27 +1,32 @@
 """Whether it will fit, before anything is loaded; and if not, what would.
 
-memory.py counts the bytes. Here they meet a device: what does not fit is planned again with one setting changed at a
-time (a shorter context, fewer rows, more ranks, fewer bits a weight …), to the nearest value with which it does. So
-every suggestion is itself a plan, and one that fits.
+memory.py counts the bytes. Here they meet a device: what does not fit is planned again with other settings (a shorter
+context, fewer rows, more ranks, fewer bits a weight …), one by one and several together, each to the nearest value with
+which it does. So every suggestion is itself a plan, and one that fits.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
 import torch
-from fire.decorators import SetParseFns
 
-from llama.checkpoint import Weights
+from llama.checkpoint import Weights, open_checkpoint
 from llama.config import PRESETS, ModelArgs
-from llama.interop.layout import read_args
+from llama.errors import NotEnoughMemory
+from llama.front import EMBEDDED_CONTEXT
+from llama.generation import EMBEDDED
+from llama.interop.huggingface import trained_context
+from llama.interop.layout import read_args, read_json
 from llama.interop.memory import Device, Plan, Settings, plan
+from llama.options import Count, MaybeCount, MaybeDtype, MaybeQuantize, Positional, choice, spec
 from llama.parallel import Ranks
 from llama.system import DTYPES, free_memory
 
@@ -31,7 +36,12 @@ IGNORE = "CODELLAMA_IGNORE_PLAN"
 """An environment variable: with any value, `require` lets everything pass."""
 KV_DTYPES = {**DTYPES, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+NEAREST = 3
+"""So many suggestions stand in an error's one sentence."""
 DEVICES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
+BITS = (None, "int8", "int4")
+"""Of weights: what is suggested where nothing was asked for."""
+SHORT_CHUNK = 64
 SLOTS = 128  # contexts are suggested in multiples of this
 
 
@@ -47,38 +57,77 @@ def changed(planned: Plan, **settings: Any) -> Plan:
 
 
 def alternatives(planned: Plan, memory: int) -> list[Plan]:
-    """Plans that fit `memory` bytes, each the nearest by one kind of change. Where none does, the same from the first
-    of these on: 2 bytes a number, 8 bits a weight, 4 bits, one row, one row and 8 or 4 bits. May be empty."""
-    narrow = {"dtype": torch.bfloat16} if planned.settings.dtype.itemsize > 2 else {}
-    bits = [{"quantize": kind} for kind in ("int8", "int4")] if planned.settings.quantize is None else []
-    one_row = {"max_batch_size": 1}
-    starts: list[dict[str, Any]] = [{}, narrow, *({**narrow, **kind} for kind in bits), {**narrow, **one_row}]
-    starts += [{**narrow, **one_row, **kind} for kind in bits]
-    found = (list(_nearest(changed(planned, **start), memory)) for start in starts)
-    return next((plans for plans in found if plans), [])
+    """Every plan that fits `memory` bytes and gives up no more than it must, the nearest first.
+
+    What may be given up: bytes of a number (2), of a weight (int8, int4) and of the cache (int8), tokens of a chunk,
+    rows, the context, a single rank. One of them by itself comes before two together, and so on. A plan that gives up
+    as much as another of each kind, and more of one, is left out. May be empty.
+    """
+    found = list(_candidates(planned, memory))
+    if not found and planned.settings.prefill_chunk > SHORT_CHUNK:  # a chunk by itself hardly helps, so it comes last
+        found = list(_candidates(changed(planned, prefill_chunk=SHORT_CHUNK), memory))
+    every = {tuple(_options(one).values()): one for one in found}
+    losses = {key: _losses(planned, found) for key, found in every.items()}
+
+    def bettered(key: tuple[Any, ...]) -> bool:
+        own = losses[key]
+        return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in losses.values())
+
+    left = [key for key in every if not bettered(key)]
+    return [every[key] for key in sorted(left, key=lambda key: (sum(map(bool, losses[key])), losses[key][::-1]))]
 
 
-def _nearest(planned: Plan, memory: int) -> Iterator[Plan]:
-    """The nearest plan that fits, by each kind of change by which there is one."""
+def _losses(planned: Plan, other: Plan) -> tuple[float, ...]:
+    """What is given up of each kind, from the least painful to the most; 0 is nothing."""
+    (_, own), (_, its) = (planned.args, planned.settings), (other.args, other.settings)
+    return (
+        float(own.dtype.itemsize - its.dtype.itemsize),
+        own.prefill_chunk / its.prefill_chunk - 1,
+        float(its.kv_dtype != own.kv_dtype),
+        float(BITS.index(its.quantize) if its.quantize != own.quantize else 0),
+        planned.args.max_batch_size / other.args.max_batch_size - 1,
+        planned.args.max_seq_len / other.args.max_seq_len - 1,
+        its.model_parallel_size / own.model_parallel_size - 1,
+    )
+
+
+def _candidates(planned: Plan, memory: int) -> Iterator[Plan]:
+    """Plans that fit: what has few values in every combination, and of what has many, one at a time, the nearest; rows
+    and another together, with one row."""
     args, settings = planned.args, planned.settings
-    ranks = range(settings.model_parallel_size + 1, args.n_heads + 1)
-    # Each kind's values take less and less memory, so that the first that fits can be found by halving.
-    kinds: dict[str, list[Any]] = {
-        "dtype": [torch.bfloat16] if settings.dtype.itemsize > 2 else [],
-        "prefill_chunk": [n for n in (256, 128, 64) if n < min(settings.prefill_chunk, args.max_seq_len)],
-        "quantize": ["int8", "int4"] if settings.quantize is None else [],
+    chunks = [n for n in (256, 128, SHORT_CHUNK) if n < min(settings.prefill_chunk, args.max_seq_len)]
+    near = _first_that_fits(planned, "prefill_chunk", chunks, memory)
+    if near is not None:
+        yield near
+    few: dict[str, list[Any]] = {
+        "dtype": [settings.dtype, *([torch.bfloat16] if settings.dtype.itemsize > 2 else [])],
+        "quantize": [None, *BITS[1:]] if settings.quantize is None else [settings.quantize],
+        "kv_dtype": [settings.kv_dtype, *([torch.int8] if settings.kv_dtype is None else [])],
+    }
+    # Each one's values take less and less memory, so that the first that fits can be found by halving.
+    many: dict[str, list[int]] = {
         "max_batch_size": list(range(args.max_batch_size - 1, 0, -1)),
         "max_seq_len": list(range((args.max_seq_len - 1) // SLOTS * SLOTS, 0, -SLOTS)),
-        "model_parallel_size": [n for n in ranks if _can_be_shared(planned, n)],
+        "model_parallel_size": [
+            n for n in range(settings.model_parallel_size + 1, args.n_heads + 1) if _can_be_shared(planned, n)
+        ],
     }
-    for name, values in kinds.items():
+    for values in itertools.product(*few.values()):
+        start = dict(zip(few, values, strict=True))
+        for rows in sorted({args.max_batch_size, 1}, reverse=True):
+            now = changed(planned, **start, max_batch_size=rows)
+            if fits(now, memory):
+                yield now
+                continue
+            for name, of_it in many.items():
+                near = _first_that_fits(now, name, [n for n in of_it if name != "max_batch_size" or n < rows], memory)
+                if near is not None:
+                    yield near
 
-        def enough(value: Any, name: str = name) -> bool:
-            return fits(changed(planned, **{name: value}), memory)
 
-        at = bisect.bisect_left(values, True, key=enough)
-        if at < len(values):
-            yield changed(planned, **{name: values[at]})
+def _first_that_fits(planned: Plan, name: str, values: list[int], memory: int) -> Plan | None:
+    at = bisect.bisect_left(values, True, key=lambda value: fits(changed(planned, **{name: value}), memory))
+    return changed(planned, **{name: values[at]}) if at < len(values) else None
 
 
 def _can_be_shared(planned: Plan, ranks: int) -> bool:
@@ -118,7 +167,7 @@ def describe(planned: Plan) -> str:
 
 
 def verdict(planned: Plan, memory: int) -> str:
-    """Whether it fits a device of `memory` bytes, and the settings nearest to these that would."""
+    """Whether it fits a device of `memory` bytes, and all settings that would, the nearest first."""
     room = f"{spelled(memory)}, of which {USABLE:.0%} are counted on"
     if fits(planned, memory):
         return f"fits: {spelled(planned.total)} a rank, and the device has {room}"
@@ -126,8 +175,12 @@ def verdict(planned: Plan, memory: int) -> str:
     near = alternatives(planned, memory)
     if not near:
         return f"{lines[0]}; nor would one row, 4 bits a weight, and a shorter context or more ranks"
-    lines += ["what would fit instead:"]
-    lines += [f"  {difference(planned, other):40} {spelled(other.total):>10} a rank" for other in near]
+    lines += ["what would fit instead, the nearest first:"]
+    options = [difference(planned, other) for other in near]
+    width = max(map(len, options))
+    lines += [
+        f"  {words:{width}} {spelled(other.total):>10} a rank" for words, other in zip(options, near, strict=True)
+    ]
     return "\n".join(lines)
 
 
@@ -144,7 +197,7 @@ def require(
     quantize: str | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> None:
-    """Raises ValueError, in the plan's words, where a run can't fit into what is free on this rank's device now.
+    """Raises NotEnoughMemory, in the plan's words, where a run can't fit into what is free on this rank's device now.
 
     Of the checkpoint it is asked only whether it is quantised already. What exceeds the free memory by no more than a
     plan's error of 5 % passes, and so does everything where that is not known (neither CUDA nor Linux), or where the
@@ -158,13 +211,28 @@ def require(
     kept = None if scheme is None else str(scheme)
     planned = plan(args, Settings(ranks.world_size, dtype, kv_dtype, kept, prefill_chunk, device))
     if USABLE * planned.total > free:
-        near = alternatives(planned, free)
+        near = alternatives(planned, free)[:NEAREST]
         others = "; ".join(difference(planned, other) for other in near) or "nothing near to it"
-        raise ValueError(
+        raise NotEnoughMemory(
             f"this needs {spelled(planned.total)} on each rank ({spelled(planned.weights)} of weights, "
             f"{spelled(planned.kv_cache)} of KV cache), but {ranks.device} has {spelled(free)} free. What would fit: "
             f"{others}. `codellama plan` shows more; set {IGNORE}=1 to try all the same"
         )
+
+
+def room_for(
+    args: ModelArgs, ranks: Ranks, dtype: torch.dtype, prefill_chunk: int, quantize: str | None,
+    kv_dtype: torch.dtype | None,
+) -> int:  # fmt: skip
+    """`args.max_seq_len`, or the most slots a row for which there is memory now; 0 where nothing fits."""
+    free = free_memory(ranks.device)
+    device: Device = "cuda" if ranks.device.type == "cuda" else "cpu"
+    planned = plan(args, Settings(ranks.world_size, dtype, kv_dtype, quantize, prefill_chunk, device))
+    if free is None or fits(planned, free):
+        return args.max_seq_len
+    shorter = list(range((args.max_seq_len - 1) // SLOTS * SLOTS, 0, -SLOTS))
+    near = _first_that_fits(planned, "max_seq_len", shorter, free)
+    return 0 if near is None else near.args.max_seq_len
 
 
 def parse_size(text: str) -> int:
@@ -177,65 +245,75 @@ def parse_size(text: str) -> int:
 
 
 def architecture(model: str, **limits: Any) -> ModelArgs:
-    """Of a preset by its name, in either case, or of a folder's params.json or config.json."""
+    """Of a preset by its name, in either case, or of a folder's params.json or config.json, or of a .gguf file. Limits
+    that are None are the model's own: its context, and 1 row."""
     preset = PRESETS.get(model.upper())
+    rows = limits.get("max_batch_size") or 1
     if preset is not None:
-        return ModelArgs(**preset, **limits)
-    if not Path(model).is_dir():
+        args = ModelArgs(**preset, max_batch_size=rows)
+    elif Path(model).is_dir():
+        args = read_args(Path(model), max_batch_size=rows)
+    elif Path(model).is_file():
+        args = open_checkpoint(model).args(max_batch_size=rows)
+    else:
         raise ValueError(f"{model} is neither a folder nor one of {', '.join(PRESETS)}: give one of these")
-    return read_args(Path(model), **limits)
+    args.max_seq_len = limits.get("max_seq_len") or _own_context(Path(model), args)
+    return args
 
 
-def _dtype(word: str, option: str, known: dict[str, torch.dtype]) -> torch.dtype:
-    if word not in known:
-        raise ValueError(f"--{option} {word} is unknown; there are {', '.join(known)}")
-    return known[word]
+def _own_context(path: Path, args: ModelArgs) -> int:
+    if path.resolve() == EMBEDDED.resolve():
+        return EMBEDDED_CONTEXT
+    told: Any = None
+    if (path / "config.json").is_file() and not (path / "params.json").is_file():
+        told = read_json(path / "config.json").get("max_position_embeddings")
+    elif path.is_file():
+        told = getattr(open_checkpoint(path), "context", None)
+    return told if isinstance(told, int) and told > 0 else trained_context(args)
 
 
-@SetParseFns(model=str, device_memory=str, dtype=str, kv_dtype=str, quantize=str, device=str)  # type: ignore[untyped-decorator]
 def command(
-    model: str,
+    model: Positional[str],
     *,
-    max_seq_len: int = 512,
-    max_batch_size: int = 4,
-    model_parallel_size: int = 1,
-    dtype: str | None = None,
-    kv_dtype: str | None = None,
-    quantize: str | None = None,
-    device_memory: str | None = None,
-    prefill_chunk: int = 512,
-    device: str = "cuda",
+    max_seq_len: MaybeCount = None,
+    max_batch_size: Count = 1,
+    model_parallel_size: Count = 1,
+    dtype: MaybeDtype = None,
+    kv_dtype: Annotated[str | None, choice(KV_DTYPES)] = None,
+    quantize: MaybeQuantize = None,
+    device_memory: Annotated[int | None, spec("80GB|79.6GiB", parse_size)] = None,
+    prefill_chunk: Count = 512,
+    device: Device = "cuda",
 ) -> None:
     """What a run of MODEL takes of each rank's memory, whether that fits, and what would. Reads no weights.
 
     Args:
-        model: 7B, 13B, 34B or 70B, or a folder with a params.json or config.json.
-        max_seq_len: slots of the cache, prompt and answer together.
-        max_batch_size: rows of the cache.
+        model: 7B, 13B, 34B or 70B; a folder with a params.json or config.json; or a .gguf file.
+        max_seq_len: slots of the cache, prompt and answer together (none: the model's own context).
+        max_batch_size: rows of the cache: 1 is a conversation.
         model_parallel_size: ranks that share the model.
-        dtype: float32, bfloat16 or float16 (default: bfloat16, on a CPU float32).
-        kv_dtype: of the cache, also float8 or int8 (default: as dtype).
-        quantize: int8, int8-dynamic, int4 (int4:64, int4:128), int4-dynamic or nf4 weights.
-        device_memory: of each rank, as 80GB or 79.6GiB (default: what is free here, if the device is).
+        dtype: of weights and activations (none: bfloat16, on a CPU float32).
+        kv_dtype: of the cache (none: as dtype).
+        quantize: weights in fewer bits: int8, int8-dynamic, int4 (int4:64, int4:128), int4-dynamic or nf4.
+        device_memory: of each rank (none: what is free here, if the device is).
         prefill_chunk: prompt tokens that are read in a step, of all rows together.
-        device: cuda or cpu.
+        device: what it runs on.
     """
     args = architecture(model, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     settings = Settings(
         model_parallel_size,
-        _dtype(dtype or ("float32" if device == "cpu" else "bfloat16"), "dtype", DTYPES),
-        None if kv_dtype is None else _dtype(kv_dtype, "kv_dtype", KV_DTYPES),
+        DTYPES[dtype or ("float32" if device == "cpu" else "bfloat16")],
+        None if kv_dtype is None else KV_DTYPES[kv_dtype],
         quantize,
         prefill_chunk,
-        cast("Device", device),
+        device,
     )
     planned = plan(args, settings)
     ranks = f"{model_parallel_size} rank{'s' if model_parallel_size > 1 else ''}"
-    print(
-        f"{model} on {ranks}, {max_batch_size} x {max_seq_len:,} tokens, read in chunks of {prefill_chunk}; each rank:"
-    )
+    rows = f"{max_batch_size} row{'s' if max_batch_size > 1 else ''} of {args.max_seq_len:,} tokens"
+    print(f"{model} on {ranks}, {rows}, read in chunks of {prefill_chunk}; each rank:")
     print(describe(planned))
-    memory = parse_size(device_memory) if device_memory else None
+    memory = device_memory
     if memory is None and (device == "cpu" or torch.cuda.is_available()):
         memory = free_memory(torch.device(device))
     if memory is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -121,6 +122,33 @@ def available() -> bool:
     return True
 
 
+def is_compiled() -> bool:
+    """Whether `available` would find the kernels compiled, so that nobody waits for a compiler."""
+    return not os.environ.get(OFF) and _is_whole(_folder() / f"kernels-{_key()}.so")
+
+
+def compile_in_background() -> bool:
+    """Starts a process that compiles the kernels and outlives this one; False where there is no compiler, or no place
+    to keep them."""
+    folder = _folder()
+    if os.environ.get(OFF) or not _compiler() or not os.access(folder if folder.is_dir() else Path.home(), os.W_OK):
+        return False
+    words = [sys.executable, "-c", "from llama.kernels.library import compile_alone; compile_alone()"]
+    null = subprocess.DEVNULL
+    subprocess.Popen(words, start_new_session=True, stdin=null, stdout=null, stderr=null)
+    return True
+
+
+def compile_alone() -> None:
+    """Compiles the kernels, unless another process is at it."""
+    os.nice(10)
+    folder = _folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / "compiling").open("w") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        load()
+
+
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernels, made now if they haven't been. ValueError, in a sentence, where that can't be done."""
@@ -190,11 +218,15 @@ def _openmp(compiler: Sequence[str]) -> list[str]:
     return [str(found[0])] if found and "clang" not in Path(compiler[0]).name else []
 
 
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codellama"
+
+
 def _place() -> Path:
     """Where what was compiled is, or is to be: in the user's cache folder, or in a new scratch folder where that
     can't be written to, or others can write to it."""
     name = f"kernels-{_key()}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codellama"
+    folder = _folder()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     foreign = next((path for path in (folder, folder / name) if path.exists() and not _is_private(path)), None)

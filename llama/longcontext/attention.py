@@ -9,34 +9,32 @@ distance) and forgets them; of the chosen heads it keeps the largest weight of e
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fire.decorators import SetParseFns
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from llama.cache import Span
-from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.positions import long_documents
-from llama.evals.record import Record, save_record
+from llama.evals.record import Record, begin, save_record, tell
 from llama.evals.sources import Source
 from llama.evals.table import render
 from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import checked_lengths, read_texts, rope_of
 from llama.model import Attend, Transformer
+from llama.options import AMOUNT, Loading, MaybeCount, MaybeSources, Out, number, spec
 from llama.parallel import Ranks, shards
 
 if TYPE_CHECKING:
@@ -321,48 +319,46 @@ def _chosen(heads: str) -> int | list[Head]:
     """The option: a number, or layer:head,layer:head."""
     try:
         if ":" not in heads:
-            return int(heads)
+            return int(number(heads, AMOUNT))
         pairs = [pair.split(":") for pair in heads.split(",")]
         return [(int(layer), int(head)) for layer, head in pairs]
     except ValueError as error:
-        raise ValueError(f"--heads {heads}: give how many, or which as LAYER:HEAD,LAYER:HEAD") from error
+        raise ValueError(f"{heads!r} are no heads: give how many, or which as LAYER:HEAD,LAYER:HEAD") from error
 
 
-@SetParseFns(sources=str, glob=str, out=str, heads=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    out: str = "longcontext",
-    sources: str | None = None,
+    out: Out = "longcontext",
+    sources: MaybeSources = None,
     glob: str = "*.py",
-    documents: int | None = 4,
-    heads: str = "4",
-    **options: Any,
+    documents: MaybeCount = 4,
+    heads: Annotated[int | list[Head], spec("N|LAYER:HEAD,…", _chosen)] = 4,
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """Mean attention weight by distance, for every head, over the first --max_seq_len tokens of some documents; and
     maps of chosen heads. In blocks: memory is linear in the length.
 
     Args:
         out: the folder for attention.csv, attention.json and attention.png.
-        sources: a text file, a folder, or a corpus (default: held-out files of the standard library).
+        sources: a text file, a folder, or a corpus.
         glob: the files of a folder that are read: *.md, say.
-        documents: how many of those that are long enough.
+        documents: how many of those that are long enough (none: all).
         heads: which to draw maps of: 0:3,2:1 for layer 0's head 3 and layer 2's head 1; or how many: those that look
             furthest, one of each layer first.
-        options: those of Llama.build: --ckpt_dir --max_seq_len --device --dtype --rope_theta --rope_scaling …
+        json: print JSON instead of the table.
     """
-    started = time.monotonic()
-    chosen = _chosen(str(heads))
-    llama = build(**options)
-    found = attention_by_distance(llama, read_texts(sources, glob), None, documents, chosen, progress=True)
+    started, texts = begin(out), read_texts(sources, glob)
+    llama = build(**loading)
+    found = attention_by_distance(llama, texts, None, documents, heads, progress=True)
     if not llama.ranks.leads:
         return
     made_of: dict[str, Any] = {"sources": sources, "length": found.length, "documents": found.documents}
-    made_of |= {"maps": [f"{layer}:{head}" for layer, head in found.maps], "options": options}
+    made_of |= {"maps": [f"{layer}:{head}" for layer, head in found.maps], "options": loading}
     record = Record("attention", list(rows_of(found, llama.model.args)), made_of)
     save_record(record, out, started, llama, lambda figure: draw(found, figure))
-    print(render(*_table(found)))
     figures = {"mean_distance": found.mean_distance.tolist(), "on_first": found.on_first.tolist()}
-    print(json.dumps({"measure": "attention", "out": out, **made_of, **figures}, default=str))
+    tell(render(*_table(found)), {"measure": "attention", "out": out, **made_of, **figures}, json)
 
 
 def _table(found: AttentionByDistance) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,6 @@
 """The room's commands: `codellama longcontext spectra`, `perplexity`, `attention` and the others.
 
-Each stands as `command` beside the function that it calls. It prints a table and, last, one line of JSON, and writes
+Each stands as `command` beside the function that it calls. It prints a table, or JSON with --json, and writes
 OUT/NAME.csv, .json and .png. Under torchrun every rank computes; rank 0 prints and writes.
 """
 

@@ -18,27 +18,24 @@ and the difference of each to the smallest context has an interval of its own, o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from fire.decorators import SetParseFns
+from typing_extensions import Unpack
 
-from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.batches import batches
 from llama.evals.intervals import Estimate, Share, ratio, share
 from llama.evals.lines import LONGEST, candidates
-from llama.evals.record import Record
+from llama.evals.record import Record, begin
 from llama.evals.sources import Source, choose, with_text
-from llama.evals.table import number, percent
+from llama.evals.table import number, percent, render
 from llama.front import load as build
 from llama.generation import Llama
 from llama.longcontext.perplexity import (
     error_bars,
-    listed,
     metric,
     read_texts,
     report,
@@ -46,6 +43,7 @@ from llama.longcontext.perplexity import (
     trained_length,
     warn_beyond,
 )
+from llama.options import Amount, Amounts, Count, Loading, MaybeCount, MaybeSources, Out, Seed
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -310,47 +308,47 @@ def draw(found: Completion, figure: Figure) -> None:
         axes.set_title(f"{title}, {found.lines} lines of {found.files} files", fontsize="medium")
 
 
-@SetParseFns(sources=str, glob=str, out=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    sources: str | None = None,
-    contexts: int | Sequence[int] = (0, 128, 256),
-    own: int = 128,
-    lines: int | None = 200,
+    sources: MaybeSources = None,
+    contexts: Amounts = (0, 128, 256),
+    own: Count = 128,
+    lines: MaybeCount = 200,
     one_repository: bool = False,
-    trained: int | None = None,
-    seed: int = 0,
-    show: int = 0,
-    out: str = "longcontext",
-    **options: Any,
+    trained: MaybeCount = None,
+    seed: Seed = 0,
+    show: Amount = 0,
+    out: Out = "longcontext",
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """Lines completed with so many tokens of their repository before them: OUT/completion.csv, .json and .png.
 
     Args:
-        sources: a folder of Python repositories, or a corpus (default: held-out files of the standard library, all of
-            which then are one repository).
+        sources: a folder of Python repositories, or a corpus (the standard library counts as one repository).
         contexts: tokens of other files: 0,512,2048.
         own: tokens of the line's own file before it.
-        lines: how many lines, chosen by a hash (None: all).
+        lines: how many lines, chosen by a hash (none: all).
         one_repository: all files are one repository, whatever their folders.
         trained: the context the model was trained on, where its files don't say: longer prompts are warned of.
         seed: of the choice.
-        show: for how many of the lines to print what was written.
+        show: for how many of the lines to print what was written, above the table.
         out: the folder of the results.
-        options: those of Llama.build: --ckpt_dir --rope_theta --rope_scaling --max_batch_size --device --dtype …
+        json: print JSON instead of the table.
     """
-    started, asked = time.monotonic(), listed(contexts)
-    llama = build(**{"max_seq_len": max(asked, default=0) + own + LONGEST + _MARKS, **options})
+    started, texts = begin(out), read_texts(sources)
+    options: Loading = {"max_seq_len": max(contexts, default=0) + own + LONGEST + _MARKS, **loading}
+    llama = build(**options)
     whole = one_repository or sources is None
     limits: dict[str, Any] = {"one_repository": whole, "trained": trained, "seed": seed, "progress": True}
-    found = complete_lines(llama, read_texts(sources), asked, lines, own, **limits)
-    if llama.ranks.leads:
-        for i in range(min(show, found.lines)):
-            line = found.samples[i].line
-            print(f"# {line.path}, line {line.number + 1}\n{'the file':>10}: {line.text}")
-            for sample in found.samples[i :: found.lines]:
-                print(f"{sample.context:>10}: {sample.text}")
-    table = [
+    found = complete_lines(llama, texts, contexts, lines, own, **limits)
+    shown = ""
+    for i in range(min(show, found.lines)):
+        line = found.samples[i].line
+        shown += f"# {line.path}, line {line.number + 1}\n{'the file':>10}: {line.text}\n"
+        for sample in found.samples[i :: found.lines]:
+            shown += f"{sample.context:>10}: {sample.text}\n"
+    rows = [
         (str(by.context), f"{by.given:.0f}", percent(by.exact), number(by.similarity), number(by.similarity_gain))
         for by in found.by_context
     ]
@@ -361,7 +359,7 @@ def command(
         "lines": found.lines,
         "files": found.files,
     }
-    made_of |= {"seed": seed, "trained": trained, "options": options}
+    made_of |= {"seed": seed, "trained": trained, "options": loading}
     record = Record("completion", list(rows_of(found, llama.model.args)), made_of)
     header = ("context", "given", "exact match", "edit similarity", "gained")
-    report(llama, record, out, started, header, table, lambda figure: draw(found, figure))
+    report(llama, record, out, started, shown + render(header, rows), lambda figure: draw(found, figure), json)

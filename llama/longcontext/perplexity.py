@@ -13,30 +13,29 @@ themselves too (LongPPL, arXiv 2410.23771).
 
 from __future__ import annotations
 
-import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from fire.decorators import SetParseFns
 from numpy.typing import NDArray
+from typing_extensions import Unpack
 
-from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.cli import read_sources
 from llama.evals.compression import Losses, default_stride, losses_of
 from llama.evals.intervals import Estimate, ratio
 from llama.evals.positions import Positions, long_documents, loss_by_position
-from llama.evals.record import Record, save_record
+from llama.evals.record import Record, begin, save_record, tell
 from llama.evals.sources import File, Source
 from llama.evals.table import number, render
 from llama.front import load as build
 from llama.generation import Llama
+from llama.options import Count, Lengths, Loading, MaybeCount, MaybeSources, Out, existing, spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -222,11 +221,6 @@ def checked_lengths(lengths: Sequence[int], room: int) -> list[int]:
     return sorted({int(length) for length in lengths})
 
 
-def listed(value: Any) -> list[Any]:
-    """What the command line makes of words with commas, or of one without, as a list."""
-    return list(value) if isinstance(value, tuple | list) else [value]
-
-
 # The trained context -------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +237,7 @@ def advice(length: int, trained: int) -> str:
     factor = max(2, math.ceil(length / trained))
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
     return (
-        f"Try --rope_scaling '{json.dumps(scaling)}', a larger --rope_theta, or all of them by "
+        f"Try --rope_scaling '{dumps(scaling)}', a larger --rope_theta, or all of them by "
         f"`codellama longcontext sweep --trained {trained}`"
     )
 
@@ -327,56 +321,55 @@ def report(
     record: Record,
     out: str,
     started: float,
-    header: Sequence[str],
-    table: Sequence[Sequence[object]],
+    table: str,
     draw: Callable[[Figure], None],
+    as_json: bool = False,
 ) -> None:
-    """Rank 0 prints a table for people, writes the record's files, and prints one line of JSON for programs."""
+    """Rank 0 writes the record's files, and prints a table for people or a line of JSON for programs."""
     if llama.ranks.leads:
-        print(render(header, table), flush=True)
         save_record(record, out, started, llama, draw)
-        values = {"measure": record.name, "out": out, **record.made_of, "rows": list(record.rows)}
-        print(json.dumps(values, default=str))
+        tell(table, {"measure": record.name, "out": out, **record.made_of, "rows": list(record.rows)}, as_json)
 
 
-@SetParseFns(sources=str, glob=str, evaluator=str, out=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    sources: str | None = None,
+    sources: MaybeSources = None,
     glob: str = "*.py",
-    lengths: int | Sequence[int] = (128, 256, 512),
-    stride: int | None = None,
-    bins: int = 16,
-    documents: int | None = 16,
-    tokens: int | None = None,
-    trained: int | None = None,
-    evaluator: str | None = None,
-    out: str = "longcontext",
-    **options: Any,
+    lengths: Lengths = (128, 256, 512),
+    stride: MaybeCount = None,
+    bins: Count = 16,
+    documents: MaybeCount = 16,
+    tokens: MaybeCount = None,
+    trained: MaybeCount = None,
+    evaluator: Annotated[str | None, spec("PATH", existing)] = None,
+    out: Out = "longcontext",
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """Loss by position, and perplexity by the length of a sliding window: OUT/perplexity.csv, .json and .png.
 
     Args:
-        sources: a text file, a folder, or a corpus (default: held-out files of the standard library).
+        sources: a text file, a folder, or a corpus.
         glob: the files of a folder that are read: *.md, say.
         lengths: tokens of a window: 256,512,2048. Documents have at least as many as the longest.
-        stride: how many tokens apart the windows begin (default: half a window).
+        stride: how many tokens apart the windows begin (none: half a window).
         bins: into how many parts the positions are divided.
-        documents: how many of those that are long enough, chosen by a hash of their paths (None: all).
-        tokens: how many of each document's are read (default: all).
+        documents: how many of those that are long enough, chosen by a hash of their paths (none: all).
+        tokens: how many of each document's are read (none: all).
         trained: the context the model was trained on, where its files don't say: lengths beyond it are warned of.
-        evaluator: a checkpoint folder whose judgement says which tokens need a long context (default: the model's).
+        evaluator: a checkpoint whose judgement says which tokens need a long context (none: the model's own).
         out: the folder of the results.
-        options: those of Llama.build: --ckpt_dir --rope_theta --rope_scaling --max_batch_size --device --dtype …
+        json: print JSON instead of the table.
     """
-    started, asked = time.monotonic(), listed(lengths)
-    options = {"max_seq_len": int(max(asked, default=0)), **options}
+    started, texts = begin(out), read_texts(sources, glob)
+    options: Loading = {"max_seq_len": max(lengths, default=2), **loading}
     llama = build(**options)
-    judge = None if evaluator is None else build(**{**options, "ckpt_dir": evaluator})
+    judging: Loading = options if evaluator is None else {**options, "ckpt_dir": evaluator}
+    judge = None if evaluator is None else build(**judging)
     found = perplexity(
         llama,
-        read_texts(sources, glob),
-        asked,
+        texts,
+        lengths,
         stride=stride,
         bins=bins,
         documents=documents,
@@ -385,7 +378,7 @@ def command(
         evaluator=judge,
         progress=True,
     )
-    table: list[tuple[str, ...]] = [
+    rows: list[tuple[str, ...]] = [
         (
             str(window.length),
             str(window.stride),
@@ -406,4 +399,4 @@ def command(
     }
     header = ("window", "stride", "perplexity", "nats per token saved", f"of {found.key_tokens} key tokens")
     record = Record("perplexity", list(rows_of(found, llama.model.args)), made_of)
-    report(llama, record, out, started, header, table, lambda figure: draw(found, figure))
+    report(llama, record, out, started, render(header, rows), lambda figure: draw(found, figure), json)

@@ -13,28 +13,28 @@ the later position. So position 1,048,576 costs what position 0 does, and no cac
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from fire.decorators import SetParseFns
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Unpack
 
-from llama.cli import PATHS
 from llama.config import ModelArgs
 from llama.evals.intervals import Estimate, ratio
 from llama.evals.positions import long_documents
-from llama.evals.record import Record
+from llama.evals.record import Record, begin
 from llama.evals.sources import Source
+from llama.evals.table import render
 from llama.front import load as build
 from llama.generation import Llama
-from llama.longcontext.perplexity import checked_lengths, listed, metric, read_texts, report, rope_of
+from llama.longcontext.perplexity import checked_lengths, metric, read_texts, report, rope_of
 from llama.model import Transformer
+from llama.options import Amounts, Count, Loading, MaybeCount, MaybeSources, Out, one_of, several
 from llama.rope import Spectrum, spectrum
 
 if TYPE_CHECKING:
@@ -224,17 +224,17 @@ def draw(found: Precision, figure: Figure) -> None:
     panels[0].legend(fontsize="small")
 
 
-@SetParseFns(sources=str, glob=str, out=str, recipes=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    out: str = "longcontext",
-    sources: str | None = None,
+    out: Out = "longcontext",
+    sources: MaybeSources = None,
     glob: str = "*.py",
-    offsets: int | Sequence[int] = OFFSETS,
-    documents: int | None = 8,
-    bins: int = 1,
-    recipes: str = ",".join(RECIPES),
-    **options: Any,
+    offsets: Amounts = OFFSETS,
+    documents: MaybeCount = 8,
+    bins: Count = 1,
+    recipes: Annotated[tuple[str, ...], several("RECIPE", one_of(RECIPES))] = tuple(RECIPES),
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """What the dtype of the rotation's tables does to cosines and to logits, by position.
 
@@ -242,23 +242,22 @@ def command(
 
     Args:
         out: the folder for precision.csv, precision.json and precision.png.
-        sources: a text file, a folder, or a corpus (default: held-out files of the standard library).
+        sources: a text file, a folder, or a corpus.
         glob: the files of a folder that are read: *.md, say.
         offsets: positions at which the documents begin: 0,4096,100000. For one long text: --offsets 0 --bins 8.
-        documents: how many of those that are long enough.
+        documents: how many of those that are long enough (none: all).
         bins: into how many parts the positions of a document are divided.
-        recipes: ours,float32_angles,bfloat16_table,bfloat16_inv_freq,bfloat16_positions, or some of them.
-        options: those of Llama.build: --ckpt_dir --max_seq_len --device --dtype --rope_theta --rope_scaling …
+        recipes: some of these.
+        json: print JSON instead of the table.
     """
-    started = time.monotonic()
-    llama = build(**options)
-    names = recipes.split(",")
-    found = precision(llama, read_texts(sources, glob), None, listed(offsets), documents, bins, names, progress=True)
+    started, texts = begin(out), read_texts(sources, glob)
+    llama = build(**loading)
+    found = precision(llama, texts, None, offsets, documents, bins, recipes, progress=True)
     made_of: dict[str, Any] = {"sources": sources, "length": found.length, "documents": found.documents}
-    made_of |= {"recipes": {name: asdict(RECIPES[name]) for name in names}, "options": options}
+    made_of |= {"recipes": {name: asdict(RECIPES[name]) for name in recipes}, "options": loading}
     record = Record("precision", list(rows_of(found, llama.model.args)), made_of)
     header = (f"{len(found.documents)} documents", "positions", "error of cos", "logits", "KL", "loss", "other token")
-    table = [
+    rows = [
         (
             change.recipe,
             f"{change.start:,}–{change.end - 1:,}",
@@ -270,4 +269,4 @@ def command(
         )
         for change in found.changes
     ]
-    report(llama, record, out, started, header, table, lambda figure: draw(found, figure))
+    report(llama, record, out, started, render(header, rows), lambda figure: draw(found, figure), json)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -30,22 +29,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, cycle, islice, pairwise
+from json import dumps, loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from fire.decorators import SetParseFns
+from typing_extensions import Unpack
 
 from llama.checkpoint import open_checkpoint
-from llama.cli import PATHS, run
+from llama.cli import run
 from llama.config import ModelArgs
-from llama.evals.record import Record, save_record
+from llama.evals.record import Record, begin, save_record, tell
 from llama.evals.sources import Source
 from llama.evals.table import render
 from llama.front import load as build
 from llama.generation import EMBEDDED, Llama
-from llama.longcontext.perplexity import listed, read_texts
+from llama.longcontext.perplexity import read_texts
+from llama.options import Count, Lengths, Loading, MaybeSources, Out, Positional, choice
 from llama.prompts import Prompt
 from llama.system import DTYPES
 from llama.tokenizer import Tokenizer
@@ -175,10 +176,9 @@ def reads_in_transformers(folder: str, dtype: str) -> Read:
     return read_whole
 
 
-@SetParseFns(job=str)  # type: ignore[untyped-decorator]
-def one(job: str) -> None:
+def one(job: Positional[str]) -> None:
     """Reads what the file JOB asks for, and prints the Reading as JSON. To be started in a fresh process."""
-    asked = json.loads(Path(job).read_text(encoding="utf-8"))
+    asked = loads(Path(job).read_text(encoding="utf-8"))
     tokens, n = asked["tokens"], asked["generate"]
 
     def reader(slots: int) -> Read:
@@ -192,9 +192,7 @@ def one(job: str) -> None:
     big = reader(len(tokens) + n)
     RESET.write_text("5")
     chunks, written, seconds = big(tokens, n)
-    print(
-        json.dumps(asdict(Reading(asked["reader"], tuple(chunks), tuple(written), seconds, _status("VmHWM") - before)))
-    )
+    print(dumps(asdict(Reading(asked["reader"], tuple(chunks), tuple(written), seconds, _status("VmHWM") - before))))
 
 
 def _status(name: str) -> int:
@@ -211,13 +209,13 @@ def reading_of(job: dict[str, Any]) -> Reading:
     """What `one` prints in a fresh process. Raises ValueError with its last words where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "job.json")
-        path.write_text(json.dumps(job), encoding="utf-8")
+        path.write_text(dumps(job), encoding="utf-8")
         words = [sys.executable, "-m", "llama.longcontext.prefill", str(path)]
         done = subprocess.run(words, env={**os.environ, **STEADY}, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(f"{job['reader']} did not read {len(job['tokens']):,} tokens: {last.removeprefix('error: ')}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = loads(done.stdout.splitlines()[-1])
     chunks = tuple(Chunk(**chunk) for chunk in found.pop("chunks"))
     return Reading(chunks=chunks, written=tuple(found.pop("written")), **found)
 
@@ -303,42 +301,39 @@ def measure(
             return
 
 
-@SetParseFns(sources=str, against=str, kv_dtype=str, out=str, dtype=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    lengths: int | Sequence[int] = (12_500, 25_000, 50_000, 100_000),
-    generate: int = 32,
-    kv_dtype: str | None = None,
-    against: str | None = None,
-    sources: str | None = None,
-    out: str = "longcontext",
-    ckpt_dir: str | None = None,
-    dtype: str = "float32",
-    prefill_chunk: int = 512,
-    **options: Any,
+    lengths: Lengths = (12_500, 25_000, 50_000, 100_000),
+    generate: Count = 32,
+    against: Annotated[str | None, choice(["transformers"])] = None,
+    sources: MaybeSources = None,
+    out: Out = "longcontext",
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """Time and memory of long prompts on this CPU: OUT/prefill.csv, .json and .png, and prefill_chunks.csv.
+
+    It reads in float32 unless --dtype is bfloat16; --max_seq_len and --max_batch_size follow from --lengths.
 
     Args:
         lengths: tokens of the prompts.
         generate: tokens that are written after each.
-        kv_dtype: int8 for a cache of one byte a number (default: as dtype).
-        against: transformers, to read the same prompts with the same weights by it, as far as the memory suffices.
-        sources: a text file, a folder, or a corpus (default: held-out files of the standard library).
+        against: also read the same prompts with the same weights by it, as far as the memory suffices.
+        sources: a text file, a folder, or a corpus.
         out: the folder of the results.
-        ckpt_dir: the checkpoint (default: the embedded one).
-        dtype: float32 or bfloat16.
-        prefill_chunk: tokens that are read at once.
-        options: others of Llama.build: --tokenizer_path --rope_theta --rope_scaling
+        json: print JSON instead of the tables.
     """
-    asked, started = sorted(listed(lengths)), time.monotonic()
-    _check(asked, generate, kv_dtype, against, dtype, options)
+    asked, started = sorted(lengths), begin(out)
+    _check(asked, loading)
+    kv_dtype, dtype = loading.get("kv_dtype"), loading.get("dtype", "float32")
+    ckpt_dir, prefill_chunk = loading.get("ckpt_dir"), loading.get("prefill_chunk", 512)
     checkpoint = open_checkpoint(EMBEDDED if ckpt_dir is None else ckpt_dir)
-    tokenizer = Tokenizer(options.get("tokenizer_path") or checkpoint.tokenizer_path)
+    tokenizer = Tokenizer(loading.get("tokenizer_path") or checkpoint.tokenizer_path)
     tokens = joined(tokenizer, read_texts(sources), asked[-1])
     limits = [checkpoint.args(max_seq_len=n + generate, max_batch_size=1) for n in asked]
     planned = {n: planned_bytes(a, DTYPES[dtype], prefill_chunk, kv_dtype) for n, a in zip(asked, limits, strict=True)}
-    options = {"ckpt_dir": ckpt_dir, "dtype": dtype, "prefill_chunk": prefill_chunk, **options}
+    options = {"ckpt_dir": ckpt_dir, "prefill_chunk": prefill_chunk, **loading, "dtype": dtype}
+    options.pop("kv_dtype", None)  # it has a place of its own, since transformers has none
     readings, rows = [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(Path(scratch, "hf")) if against else None
@@ -364,37 +359,27 @@ def command(
     save_record(Record(f"{name}_chunks", by_chunk, made_of), out, started)
     record = Record(name, rows, made_of)
     save_record(record, out, started, draw=lambda figure: draw(figure, readings, list(planned.values()), line))
-    _print(readings, rows, line)
-    print(json.dumps({"measure": "prefill", "out": out, **made_of, "rows": rows}, default=str))
+    tell(_described(readings, rows, line), {"measure": "prefill", "out": out, **made_of, "rows": rows}, json)
 
 
-def _check(
-    lengths: list[Any], generate: int, kv_dtype: str | None, against: str | None, dtype: str, options: dict[str, Any]
-) -> None:
+def _check(lengths: list[int], loading: Loading) -> None:
     """Raises ValueError for what can't be measured, before anything is read."""
     if not RESET.exists():
         raise ValueError("peaks of memory are read from Linux's /proc, which is not here")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("prefill measures a single process: start it without torchrun")
-    if not lengths or len(set(lengths)) < len(lengths) or min(lengths) < 2 or generate < 1:
-        raise ValueError(
-            f"--lengths {lengths} and --generate {generate}: give different lengths of at least 2 tokens, and at "
-            "least 1 token to write"
-        )
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise ValueError(f"--kv_dtype {kv_dtype} is unknown; there is {', '.join(KV_DTYPES)}, or leave it out")
-    if against not in (None, "transformers"):
-        raise ValueError(f"--against {against} is unknown; there is transformers, or leave it out")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {dtype} is not for a CPU: choose float32 or bfloat16")
-    taken = [name for name in ("max_seq_len", "max_batch_size", "device") if name in options]
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise ValueError(f"--lengths {lengths}: give one or several, each another")
+    if loading.get("dtype") == "float16":
+        raise ValueError("--dtype float16 is not for a CPU: choose float32 or bfloat16")
+    taken = [name for name in ("max_seq_len", "max_batch_size", "device") if name in loading]
     if taken:
         raise ValueError(
             f"--{taken[0]} is not free here: the cache has one row of --lengths and --generate, on the CPU"
         )
 
 
-def _print(readings: Sequence[Reading], rows: Sequence[dict[str, Any]], line: Line | None) -> None:
+def _described(readings: Sequence[Reading], rows: Sequence[dict[str, Any]], line: Line | None) -> str:
     seconds = {row["length"]: row["seconds"] for row in rows if row["reader"] == "codellama"}
     peaks = {row["length"]: row["peak"] for row in rows if row["reader"] == "codellama"}
     lines = []
@@ -407,15 +392,16 @@ def _print(readings: Sequence[Reading], rows: Sequence[dict[str, Any]], line: Li
             beside += ", more than our longest prompt took" if row["peak"] > max(peaks.values()) else ""
         speeds = f"{row['tokens_per_second']:,.0f}", f"{row['written_per_second']:.1f}"
         lines.append((row["reader"], f"{n:,}", f"{row['seconds']:,.1f}", *speeds, f"{row['peak'] / 1e6:,.0f}", beside))
-    print(render(("", "tokens", "seconds", "read/s", "written/s", "peak, MB", ""), lines))
+    text = render(("", "tokens", "seconds", "read/s", "written/s", "peak, MB", ""), lines)
     longest = max((r for r in readings if r.reader == "codellama"), key=lambda r: r.length)
-    print(f"\ntokens read per second, by position in the prompt of {longest.length:,}:")
-    print(render(("from", "read/s"), [(f"{first:,}", f"{speed:,.0f}") for first, speed in by_position(longest)]))
+    text += f"\n\ntokens read per second, by position in the prompt of {longest.length:,}:\n"
+    text += render(("from", "read/s"), [(f"{first:,}", f"{speed:,.0f}") for first, speed in by_position(longest)])
     if line is not None:
-        print(
-            f"\nmemory: {line.start / 1e6:,.1f} MB and {line.slope:,.0f} bytes a token; no length is off that line by "
-            f"more than {line.residual:.2%}"
+        text += (
+            f"\n\nmemory: {line.start / 1e6:,.1f} MB and {line.slope:,.0f} bytes a token; no length is off that line "
+            f"by more than {line.residual:.2%}"
         )
+    return text
 
 
 if __name__ == "__main__":

@@ -14,25 +14,23 @@ tokens that it was made for.)
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fire.decorators import SetParseFns
 from tqdm import tqdm
+from typing_extensions import Unpack
 
-from llama.cli import PATHS
 from llama.decoding import FEWEST
-from llama.evals.record import Record, save_record
+from llama.evals.record import Record, begin, save_record, tell
 from llama.evals.retrieval import DEPTHS, DIGITS, Complete, Retrieval, retrieval_by
 from llama.evals.sources import Source
 from llama.evals.table import percent, render
 from llama.front import load as build
 from llama.generation import Llama
-from llama.longcontext.perplexity import listed, read_texts, rope_of, trained_length, warn_beyond
+from llama.longcontext.perplexity import read_texts, rope_of, trained_length, warn_beyond
 from llama.lookup import agreeing
+from llama.options import Count, Lengths, Loading, MaybeCount, MaybeSources, Out, Seed, Shares
 from llama.prompts import completion
 from llama.tokenizer import Tokenizer
 
@@ -176,40 +174,40 @@ def heat_map(axes: Axes, found: Retrieval, title: str) -> AxesImage:
     return image
 
 
-@SetParseFns(out=str, sources=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    out: str = "longcontext",
-    sources: str | None = None,
-    lengths: int | Sequence[int] = 512,
-    depths: float | Sequence[float] = DEPTHS,
-    samples: int = 64,
-    seed: int = 0,
-    trained: int | None = None,
-    **options: Any,
+    out: Out = "longcontext",
+    sources: MaybeSources = None,
+    lengths: Lengths = (512,),
+    depths: Shares = DEPTHS,
+    samples: Count = 64,
+    seed: Seed = 0,
+    trained: MaybeCount = None,
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """Key retrieval by the prompt's length and the key's depth: OUT/retrieval.csv, .json and .png.
 
     Args:
         out: a folder for the three files.
-        sources: a .py file, a folder of them, or a corpus (default: held-out files of the standard library).
+        sources: a .py file, a folder of them, or a corpus.
         lengths: tokens of prompt and answer: 512,1024,2048.
         depths: where the number stands, from 0 (first) to 1 (last): 0,0.25,0.5.
         samples: prompts for each length and depth.
         seed: of prompts and numbers.
         trained: the context that the checkpoint was trained on, so that a longer one gets a warning.
-        options: those of Llama.build: --ckpt_dir --rope_theta --rope_scaling --device --dtype …
+        json: print JSON instead of the table.
     """
-    started = time.monotonic()
-    asked, places = listed(lengths), listed(depths)
-    llama = build(**{"max_seq_len": max(asked, default=512), "max_batch_size": 1, **options})
-    grid = retrieval_grid(llama, read_texts(sources), asked, places, samples, seed, trained, progress=True)
+    started, texts = begin(out), read_texts(sources)
+    options: Loading = {"max_seq_len": max(lengths, default=512), "max_batch_size": 1, **loading}
+    llama = build(**options)
+    grid = retrieval_grid(llama, texts, lengths, depths, samples, seed, trained, progress=True)
     if not llama.ranks.leads:
         return
     values = asdict(grid)
     del values["found"]
     made_of = {
-        "options": {"sources": sources, "lengths": asked, "depths": places, "samples": samples},
+        "options": {"sources": sources, "lengths": list(lengths), "depths": list(depths), "samples": samples},
         "seed": seed,
         "rule": f"the largest length at which {EFFECTIVE:.1%} of the keys are found, those of all depths together",
         **values,
@@ -223,8 +221,8 @@ def command(
 
     cells = {(cell.length, cell.depth): percent(cell.found) for cell in grid.found.cells}
     header = ("length \\ depth", *(f"{depth:g}" for depth in grid.found.depths))
-    print(render(header, [(size, *(cells[size, depth] for depth in places)) for size in asked]))
-    print(f"effective length {grid.effective_length}: {made_of['rule']}")
-    print(f"read {grid.tokens_read:,} of {grid.prompt_tokens:,} tokens; the others stood in the cache")
+    table = render(header, [(size, *(cells[size, depth] for depth in depths)) for size in lengths])
+    table += f"\neffective length {grid.effective_length}: {made_of['rule']}"
+    table += f"\nread {grid.tokens_read:,} of {grid.prompt_tokens:,} tokens; the others stood in the cache"
     save_record(Record("retrieval", rows, made_of), out, started, llama, draw)
-    print(json.dumps({"measure": "retrieval", "out": out, **options, **made_of, "rows": rows}, default=str))
+    tell(table, {"measure": "retrieval", "out": out, **loading, **made_of, "rows": rows}, json)

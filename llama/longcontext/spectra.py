@@ -13,26 +13,22 @@ All of it is exact: float64, every integer distance, and no model.
 from __future__ import annotations
 
 import inspect
-import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from fire.decorators import SetParseFns
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llama.checkpoint import open_checkpoint
-from llama.cli import PATHS
 from llama.config import RopeScaling
-from llama.evals.record import Record, save_record
+from llama.evals.record import Record, begin, save_record, tell
 from llama.evals.table import render
-from llama.front import register_scheme
-from llama.longcontext.perplexity import listed
+from llama.front import register_scheme, scaling_of
+from llama.options import Bases, Count, MaybeAbove, MaybeBase, MaybeCount, MaybePath, Out, Scalings, nearest, unset
 from llama.parallel import start
 from llama.rope import SPECTRA, default, ntk, spectrum
 
@@ -95,7 +91,7 @@ class Spectra:
 
 
 def spectra(
-    schemes: Sequence[str] | None = None,
+    schemes: Sequence[str | RopeScaling] | None = None,
     head_dim: int = 128,
     theta: float = 10_000.0,
     trained: int = 4_096,
@@ -103,7 +99,8 @@ def spectra(
     factor: float | None = None,
     other_thetas: Sequence[float] = (),
 ) -> Spectra:
-    """Some of the schemes in `llama.rope.SPECTRA` (default: all) at one theta, trained context and target length.
+    """Some of the schemes in `llama.rope.SPECTRA` (default: all), or whole scalings, at one theta, trained context and
+    target length.
 
     `factor` and `length` follow from each other by length = factor·trained; with neither, the factor is 4. The plain
     scheme is shown at `other_thetas` as well: raising theta is Code Llama's own way. What a scheme takes besides,
@@ -123,17 +120,19 @@ def spectra(
         )
     if not all(1 < base < math.inf for base in (theta, *other_thetas)):
         raise ValueError(f"theta is {[theta, *other_thetas]}; it must be a number above 1")
-    asked = [(name, theta) for name in (SPECTRA if schemes is None else schemes)]
+    every: Sequence[str | RopeScaling] = list(SPECTRA) if schemes is None else schemes
+    asked = [(scheme, theta) for scheme in every]
     asked += [("default", base) for base in other_thetas]
     furthest = max(length, min(8 * length, FURTHEST))
     spread = np.geomspace(1, furthest, _POINTS).round().astype(np.int64)
     distances = np.unique(np.concatenate([spread, [0, trained, length]]))
     curves = []
-    for name, base in asked:
-        scaling = parameters(name, head_dim, base, factor, trained)
+    for scheme, base in asked:
+        whole = parameters(scheme, head_dim, base, factor, trained) if isinstance(scheme, str) else scheme
+        name, scaling = str(whole.get("rope_type", whole.get("type", "default"))), whole
         found = spectrum(head_dim, base, scaling, length)
         inv_freq = found.inv_freq
-        every = expectation(inv_freq, 0, furthest + 1)
+        expected = expectation(inv_freq, 0, furthest + 1)
         curves.append(
             Curve(
                 scheme=name,
@@ -141,8 +140,8 @@ def spectra(
                 scaling=scaling,
                 inv_freq=inv_freq.numpy(),
                 attention_scale=found.attention_scale,
-                expectation=every[distances].numpy(),
-                lowest=every.cummin(0).values[distances].numpy(),
+                expectation=expected[distances].numpy(),
+                lowest=expected.cummin(0).values[distances].numpy(),
                 first_zero=first_zero(inv_freq),
                 turning=turning(inv_freq, distances),
                 turning_trained=float(turning(inv_freq, trained)),
@@ -266,18 +265,35 @@ def draw(found: Spectra, figure: Figure) -> None:
     turns.legend(fontsize="small")
 
 
-@SetParseFns(schemes=str, out=str, **PATHS)  # type: ignore[untyped-decorator]
+def named(schemes: Sequence[str | RopeScaling]) -> list[str | RopeScaling]:
+    """Schemes as the command line gives them: a name in `llama.rope.SPECTRA`, or a function of a user's own, which is
+    put there under its name; and whole scalings, with the same. Raises ValueError for a name that there is not."""
+    found = []
+    for given in schemes:
+        scheme = given
+        if isinstance(scheme, str) and ".py:" in scheme:
+            scheme = register_scheme(scheme)
+        elif not isinstance(scheme, str):
+            scheme = scaling_of(scheme) or {}
+        elif scheme not in SPECTRA:
+            known = f"there are {', '.join(SPECTRA)}, and FILE.py:FUNCTION"
+            raise ValueError(f"there is no scheme {scheme!r}{nearest(scheme, list(SPECTRA))} ({known})")
+        found.append(scheme)
+    return found
+
+
 def command(
     *,
-    out: str = "longcontext",
-    schemes: str | None = None,
-    head_dim: int | None = None,
-    theta: float | None = None,
-    trained: int = 4096,
-    length: int | None = None,
-    factor: float | None = None,
-    other_thetas: float | Sequence[float] = 1_000_000.0,
-    ckpt_dir: str | None = None,
+    out: Out = "longcontext",
+    schemes: Annotated[Scalings, unset("all")] = (),
+    head_dim: MaybeCount = None,
+    theta: MaybeBase = None,
+    trained: Count = 4096,
+    length: MaybeCount = None,
+    factor: MaybeAbove = None,
+    other_thetas: Bases = (1_000_000.0,),
+    ckpt_dir: MaybePath = None,
+    json: bool = False,
 ) -> None:
     """RoPE schemes side by side: frequencies, attention expectation with its first zero, and pairs that turn.
 
@@ -285,22 +301,23 @@ def command(
 
     Args:
         out: the folder for spectra.csv, spectra.json and spectra.png.
-        schemes: names of the table in rope.py, FILE.py:FUNCTION for one of your own: yarn,linear (default: all).
-        head_dim: numbers a head (default: 128, or the checkpoint's).
-        theta: the base (default: 10000, or the checkpoint's).
+        schemes: names of the table in rope.py, FILE.py:FUNCTION for one of your own, or a whole rope_scaling:
+            yarn,linear.
+        head_dim: numbers a head (none: 128, or the checkpoint's).
+        theta: the base (none: 10000, or the checkpoint's).
         trained: the context that the model was trained on.
-        length: the context that is wanted (default: factor times as much).
-        factor: by how much the schemes stretch (default: length / trained, or 4).
+        length: the context that is wanted (none: factor times as much).
+        factor: by how much the schemes stretch (none: length / trained, or 4).
         other_thetas: bases at which the plain scheme is shown as well: 500000,1000000.
         ckpt_dir: a checkpoint to take head_dim and theta of.
+        json: print JSON instead of the table.
     """
-    started = time.monotonic()
+    started, asked = begin(out), named(schemes) or None
     ranks = start()
     if ckpt_dir is not None:
         args = open_checkpoint(ckpt_dir).args()
         head_dim, theta = head_dim or args.head_dim, theta or args.rope_theta
-    names = None if schemes is None else [register_scheme(s) if ":" in s else s for s in schemes.split(",")]
-    found = spectra(names, head_dim or 128, theta or 10_000.0, trained, length, factor, listed(other_thetas))
+    found = spectra(asked, head_dim or 128, theta or 10_000.0, trained, length, factor, other_thetas)
     if not ranks.leads:
         return
     made_of = {name: getattr(found, name) for name in ("head_dim", "theta", "factor", "trained", "length")}
@@ -326,5 +343,4 @@ def command(
         )
         for curve in found.curves
     ]
-    print(render(header, rows))
-    print(json.dumps({"measure": "spectra", "out": out, **made_of, "schemes": schemes_of}))
+    tell(render(header, rows), {"measure": "spectra", "out": out, **made_of, "schemes": schemes_of}, json)

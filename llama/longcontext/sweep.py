@@ -13,42 +13,39 @@ interrupted goes on where it stood.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from json import dumps, loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from fire.decorators import SetParseFns
 from tqdm import tqdm
+from typing_extensions import Unpack
 
-from llama.cli import PATHS
 from llama.config import RopeScaling
 from llama.evals.batches import batches
 from llama.evals.intervals import Estimate, ratio
 from llama.evals.positions import long_documents
-from llama.evals.record import Record
+from llama.evals.record import Record, begin
 from llama.evals.sources import Source
-from llama.evals.table import number
+from llama.evals.table import number, render
 from llama.front import load as build
-from llama.front import register_scheme
 from llama.generation import Llama
 from llama.longcontext.perplexity import (
     checked_lengths,
-    listed,
     metric,
     read_texts,
     report,
     trained_length,
 )
-from llama.longcontext.spectra import parameters
+from llama.longcontext.spectra import named, parameters
 from llama.model import Transformer
+from llama.options import Bases, Lengths, Loading, MaybeCount, MaybeSources, Numbers, Out, Scalings, unset
 from llama.rope import Spectrum, spectrum
 from llama.system import replacing
 
@@ -244,7 +241,7 @@ def _name_of(model: Transformer, cell: Cell) -> str:
     """What a cell is known by. Two that rotate alike have one name, whatever their schemes are called."""
     scheme = _spectrum_of(model, cell)
     numbers = [cell.length, scheme.attention_scale, *scheme.inv_freq.tolist()]
-    return hashlib.blake2b(json.dumps(numbers).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(dumps(numbers).encode(), digest_size=12).hexdigest()
 
 
 def _measure(llama: Llama, cell: Cell, rows: Sequence[list[int]], last: int) -> Estimate:
@@ -273,7 +270,7 @@ class _Kept:
                 lines = _read_lines(self.path, request)
                 self.cells = {line["cell"]: Estimate(**line["nats_per_token"]) for line in lines}
                 with replacing(self.path) as temporary:  # without a line that was torn
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in (request, *lines)), "utf-8")
+                    temporary.write_text("".join(dumps(line) + "\n" for line in (request, *lines)), "utf-8")
         self.cells = llama.ranks.broadcast_object(self.cells)
 
     def add(self, name: str, cell: Cell, found: Estimate) -> None:
@@ -281,7 +278,7 @@ class _Kept:
         if self.path is not None:
             line = {"cell": name, **asdict(cell), "nats_per_token": asdict(found)}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -293,7 +290,7 @@ def _read_lines(path: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(loads(text))
         except ValueError:
             break  # the line that was being written when the sweep was ended
     before = lines[0] if lines else {}
@@ -308,7 +305,7 @@ def _read_lines(path: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _digest(rows: Sequence[list[int]]) -> str:
-    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(dumps(rows).encode(), digest_size=12).hexdigest()
 
 
 def _fingerprint(model: Transformer) -> str:
@@ -334,7 +331,7 @@ def rows_of(found: Sweep) -> Iterator[dict[str, Any]]:
         }
         empty = {"metric": "nats_per_token", "n": 0, "value": "", "low": "", "high": ""}
         values = empty if cell.nats_per_token is None else metric("nats_per_token", cell.nats_per_token)
-        yield {**place, **values, "rope_scaling": json.dumps(cell.scaling), "skipped": cell.skipped}
+        yield {**place, **values, "rope_scaling": dumps(cell.scaling), "skipped": cell.skipped}
 
 
 def label(cell: Cell) -> str:
@@ -372,20 +369,20 @@ def _table(found: Sweep) -> list[tuple[str, ...]]:
     return [(label(row[0]), *(shown(cell) for cell in row)) for row in found.rows]
 
 
-@SetParseFns(sources=str, glob=str, out=str, **PATHS)  # type: ignore[untyped-decorator]
 def command(
     *,
-    sources: str | None = None,
+    sources: MaybeSources = None,
     glob: str = "*.py",
-    thetas: float | Sequence[float] | None = None,
-    factors: float | Sequence[float] = (1, 2, 4),
-    schemes: str | Sequence[str] = ("default", "linear", "yarn"),
-    lengths: int | Sequence[int] = (128, 256, 512),
-    documents: int | None = 16,
-    last: int | None = None,
-    trained: int | None = None,
-    out: str = "longcontext",
-    **options: Any,
+    thetas: Annotated[Bases, unset("the checkpoint's")] = (),
+    factors: Numbers = (1, 2, 4),
+    schemes: Scalings = ("default", "linear", "yarn"),
+    lengths: Lengths = (128, 256, 512),
+    documents: MaybeCount = 16,
+    last: MaybeCount = None,
+    trained: MaybeCount = None,
+    out: Out = "longcontext",
+    json: bool = False,
+    **loading: Unpack[Loading],
 ) -> None:
     """The loss by theta, factor, scheme and length, in one run: OUT/sweep.csv, .json and .png.
 
@@ -393,31 +390,31 @@ def command(
     thetas, factors and schemes may be added; other documents or weights want another OUT.
 
     Args:
-        sources: a text file, a folder, or a corpus (default: held-out files of the standard library).
+        sources: a text file, a folder, or a corpus.
         glob: the files of a folder that are read: *.md, say.
-        thetas: bases: 1e4,1e5,1e6 (default: the checkpoint's).
+        thetas: bases: 1e4,1e5,1e6.
         factors: by how much the schemes stretch: 1,2,4.
-        schemes: names of the table in rope.py, FILE.py:FUNCTION for one of your own: default,linear,yarn.
+        schemes: names of the table in rope.py, FILE.py:FUNCTION for one of your own, or a whole rope_scaling.
         lengths: tokens of context: 256,512,2048.
-        documents: how many of those that are long enough, chosen by a hash of their paths (None: all).
-        last: how many tokens of each are scored (default: half the shortest length).
-        trained: the context the model was trained on, which yarn and others need (default: what its files say).
+        documents: how many of those that are long enough, chosen by a hash of their paths (none: all).
+        last: how many tokens of each are scored (none: half the shortest length).
+        trained: the context the model was trained on, which yarn and others need (none: what its files say).
         out: the folder of the results.
-        options: those of Llama.build: --ckpt_dir --max_batch_size --device --dtype …
+        json: print JSON instead of the table.
     """
-    started, asked = time.monotonic(), listed(lengths)
-    names = [register_scheme(s) if isinstance(s, str) and ":" in s else s for s in listed(schemes)]
-    llama = build(**{"max_seq_len": int(max(asked, default=0)), **options})
-    bases = None if thetas is None else listed(thetas)
+    started, names, texts = begin(out), named(schemes), read_texts(sources, glob)
+    options: Loading = {"max_seq_len": max(lengths, default=2), **loading}
+    llama = build(**options)
     limits: dict[str, Any] = {"documents": documents, "last": last, "trained": trained, "out": out, "progress": True}
     try:
-        found = sweep(llama, read_texts(sources, glob), asked, bases, listed(factors), names, **limits)
+        found = sweep(llama, texts, lengths, thetas or None, factors, names, **limits)
     except KeyboardInterrupt:
         if llama.ranks.leads:
             print(f"stopped; the same command goes on from {Path(out, CELLS)}", file=sys.stderr)
         raise
     made_of: dict[str, Any] = {"sources": sources, "glob": glob, "trained": trained, "last": found.last}
-    made_of |= {"documents": found.documents, "options": options}
+    made_of |= {"documents": found.documents, "options": loading}
     record = Record("sweep", list(rows_of(found)), {**made_of, "cells": CELLS})
     header = ("nats per token (* the best)", *(str(length) for length in found.lengths))
-    report(llama, record, out, started, header, _table(found), lambda figure: draw(found, figure))
+    table = render(header, _table(found))
+    report(llama, record, out, started, table, lambda figure: draw(found, figure), json)

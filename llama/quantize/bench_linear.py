@@ -8,17 +8,18 @@ those of a model's many layers do.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import fire
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.cli import run
+from llama.evals.record import tell
 from llama.evals.table import render
+from llama.options import Count, Counts, Device, Schemes
 from llama.quantize.schemes import scheme_of
 
 WORDS = ("int8", "int8-dynamic", "int4:32", "int4:128", "int4-dynamic:32", "nf4")
@@ -65,28 +66,40 @@ def _seconds(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
 
 def main(
     *,
-    shape: Sequence[int] = (5632, 2048),
-    rows: Sequence[int] | int = (1, 8, 512),
-    schemes: Sequence[str] | str = WORDS,
-    rounds: int = 15,
-    device: str = "cpu",
+    shape: Counts = (5632, 2048),
+    rows: Counts = (1, 8, 512),
+    schemes: Schemes = WORDS,
+    rounds: Count = 15,
+    device: Device = "cpu",
+    json: bool = False,
 ) -> None:
-    """Prints a table of microseconds, of speeds relative to bfloat16's, and one line of JSON last."""
-    words = [schemes] if isinstance(schemes, str) else list(schemes)
-    asked = [rows] if isinstance(rows, int) else list(rows)
-    every = {n: times((shape[0], shape[1]), n, words, rounds, device) for n in asked}
+    """Microseconds of a linear layer by every scheme, and how many times as fast as in bfloat16.
+
+    Args:
+        shape: outputs and inputs of the layer: 5632,2048.
+        rows: tokens that are multiplied at once.
+        schemes: of quantisation.
+        rounds: in each of which every scheme has its turn.
+        device: where.
+        json: print JSON instead of the table.
+    """
+    if len(shape) != 2 or not rows or rounds < 2:
+        raise ValueError(f"--shape {shape}, --rows {rows}, --rounds {rounds}: give OUTPUTS,INPUTS; a row; 2 rounds")
+    for word in schemes:
+        scheme_of(word)
+    every = {n: times((shape[0], shape[1]), n, schemes, rounds, device) for n in rows}
     table = []
-    for name in ("bfloat16", *words):
+    for name in ("bfloat16", *schemes):
         cells = []
-        for n in asked:
+        for n in rows:
             low, middle, high = (1e6 * value for value in statistics.quantiles(every[n][name], n=4))
             ratio = statistics.median(every[n]["bfloat16"]) / statistics.median(every[n][name])
             cells.append(f"{middle:,.0f} ({low:,.0f}–{high:,.0f}) {ratio:.2f} x")
         table.append((name, *cells))
-    print(render((f"{shape[0]} x {shape[1]}, µs", *(f"{n} row{'s' * (n > 1)}" for n in asked)), table))
+    text = render((f"{shape[0]} x {shape[1]}, µs", *(f"{n} row{'s' * (n > 1)}" for n in rows)), table)
     facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device, "rounds": rounds}
-    print(json.dumps({"measure": "linear", "shape": list(shape), **facts, "seconds": every}))
+    tell(text, {"measure": "linear", "shape": list(shape), **facts, "seconds": every}, json)
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, "python -m llama.quantize.bench_linear")

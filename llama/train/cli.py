@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
-from fire.decorators import SetParseFns
 
 from llama import parallel
 from llama.cli import run
+from llama.evals.record import begin
+from llama.options import (
+    MaybeAbove,
+    MaybeCount,
+    MaybeDevice,
+    MaybeOut,
+    MaybePath,
+    MaybeSeed,
+    Out,
+    Positional,
+    choice,
+)
 from llama.train.card import write_card
-from llama.train.collection import corpus
+from llama.train.collection import corpus, whole_corpus
 from llama.train.loop import Workers
 from llama.train.report.cli import gaps, report
 from llama.train.shapes import compare
-from llama.train.stages import ALL, STAGES, read_run, results, start_run, train_stage
+from llama.train.stages import ALL, SHAPE, SHAPES, STAGES, read_run, results, start_run, train_stage
 
 _OPTIONS = """
 
@@ -28,15 +40,15 @@ _OPTIONS = """
 
     Args:
         out: the checkpoint's folder: params.json, consolidated.00.pth, tokenizer.model, MODEL_CARD.md.
-        corpus: a folder made by `codellama train corpus` (default: the standard library alone).
-        minutes: how long {what} may take on this machine as it is now (default: {minutes:g}).
+        corpus: a folder made by `codellama train corpus` (none: the standard library alone).
+        minutes: how long {what} may take on this machine as it is now (none: {minutes:g}).
         steps: how many steps of each stage instead.
-        work: where the run keeps its files (default: OUT with .training appended), a folder for each stage; there
+        work: where the run keeps its files (none: OUT with .training appended), a folder for each stage; there
             log.csv and curves.png show how it goes.
-        seed: of the weights, of the gaps in documents, and of their order (default: 0).
-        shape: the model's, by its name in the table of stages.py.
-        device: cpu or cuda (default: a GPU where there is one).
-        rows_per_step: how many rows a step takes instead of the stage's own number.
+        seed: of the weights, of the gaps in documents, and of their order (none: 0, or the run's).
+        shape: the model's size (none: {shape}, or the run's).
+        device: where (none: a GPU if there is one).
+        rows_per_step: how many rows a step takes (none: the stage's own number).
 """
 
 
@@ -54,18 +66,20 @@ def join(device: str | None) -> Workers:
 def command(names: tuple[str, ...], summary: str) -> Callable[..., None]:
     """A command that trains these stages in order and leaves the last one's checkpoint in OUT."""
 
-    @SetParseFns(out=str, corpus=str, work=str, shape=str)  # type: ignore[untyped-decorator]
     def train(
-        out: str,
-        corpus: str | None = None,
-        minutes: float | None = None,
-        steps: int | None = None,
-        work: str | None = None,
-        seed: int | None = None,
-        shape: str | None = None,
-        device: str | None = None,
-        rows_per_step: int | None = None,
+        out: Positional[Out],
+        *,
+        corpus: MaybePath = None,
+        minutes: MaybeAbove = None,
+        steps: MaybeCount = None,
+        work: MaybeOut = None,
+        seed: MaybeSeed = None,
+        shape: Annotated[str | None, choice(SHAPES)] = None,
+        device: MaybeDevice = None,
+        rows_per_step: MaybeCount = None,
     ) -> None:
+        whole_corpus(corpus)
+        begin(work or out)
         workers = join(device)
         folder = Path(work if work is not None else f"{out.rstrip('/')}.training")
         if workers.lead:
@@ -80,7 +94,7 @@ def command(names: tuple[str, ...], summary: str) -> Callable[..., None]:
                 STAGES[name], own, minutes=share, steps=steps, rows_per_step=rows_per_step, workers=workers
             ):
                 if workers.lead:
-                    print(f"Stopped; the same command continues the run in {folder}.")
+                    print(f"Stopped; the same command continues the run in {folder}.", file=sys.stderr)
                 return
         if workers.lead:
             publish(folder, names[-1], Path(out))
@@ -89,8 +103,9 @@ def command(names: tuple[str, ...], summary: str) -> Callable[..., None]:
     train.__doc__ = summary + _OPTIONS.format(
         what="this stage" if len(names) == 1 else "all of it",
         minutes=STAGES[names[0]].minutes if len(names) == 1 else 100,
+        shape=SHAPE,
     )
-    return cast(Callable[..., None], train)
+    return train
 
 
 def publish(work: Path, stage: str, out: Path) -> None:

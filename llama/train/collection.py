@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama.options import MaybeOut, Out, Positional
 from llama.system import replacing
 from llama.train.corpus import Source, read_corpus
 from llama.train.duplicates import Duplicates
@@ -44,8 +45,13 @@ class Tally:
         self.bytes[key] += size
 
 
-def corpus(out: str, cache: str | None = None) -> None:
-    """Makes the corpus in OUT from the pinned packages, which are fetched into CACHE (OUT/wheels) unless there."""
+def corpus(out: Positional[Out], *, cache: MaybeOut = None) -> None:
+    """Makes a corpus of pinned packages: fetches, filters and deduplicates them.
+
+    Args:
+        out: the corpus's folder.
+        cache: where the packages are, or are fetched to (none: OUT/wheels).
+    """
     packages = read_manifest()
     wheels = Path(out, "wheels") if cache is None else Path(cache)
     fetch_all(packages, wheels)
@@ -163,12 +169,17 @@ def _writing(folder: Path, split: Split) -> Iterator[Callable[[str, Iterable[Sou
         yield write
 
 
+def whole_corpus(folder: str | Path | None) -> None:
+    """ValueError where a folder is given that holds no whole corpus."""
+    if folder is not None and not Path(folder, TOTALS).is_file():
+        raise ValueError(f"{folder} holds no whole corpus; make one with `codellama train corpus {folder}`")
+
+
 def read_documents(folder: str | Path, split: Split) -> Iterator[Source]:
     """The documents of a corpus in their fixed order; each path begins with the package's name."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; there are {', '.join(SPLITS)}")
-    if not Path(folder, TOTALS).is_file():
-        raise ValueError(f"{folder} holds no whole corpus; make one with `codellama train corpus {folder}`")
+    whole_corpus(folder)
     path = documents_file(Path(folder), split)
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from llama.tokenizer import Tokenizer
 from llama.train.corpus import Source
 from llama.train.documents import Document, Turn, cut, functions, turns, with_keys
+from llama.train.exercises import stream
 from llama.train.infilling import prefix_first, split, split_lines, suffix_first
 
 Rows = NDArray[np.int16]
@@ -39,14 +40,18 @@ class Mixture:
     functions: float = 0.3  # of the files that are code: taken apart into their functions
     dialogs: float = 0.0  # of all tokens
     keys: float = 0.0  # of all tokens
+    exercises: float = 0.0  # of all tokens: functions and classes from the world of exercises
+    questions: float = 0.0  # of all tokens: dialogs about those
+    exercise_infilling: float = 0.5  # of the exercises
     answers_only: bool = True  # a dialog's question is read and not learned
     longest_answer: int | None = None  # tokens of a dialog's answer; longer ones are left out
     longest_function: int | None = None  # the same of a file's functions
 
     def __post_init__(self) -> None:
-        parts = (self.infilling, self.suffix_first, self.line_gaps, self.functions, self.dialogs, self.keys)
-        if not all(0 <= part <= 1 for part in (*parts, self.dialogs + self.keys)):
-            raise ValueError(f"{self}: each is a part of 1, and so are dialogs and keys together")
+        parts = (self.infilling, self.suffix_first, self.line_gaps, self.functions, self.exercise_infilling)
+        shares = (self.dialogs, self.keys, self.exercises, self.questions)
+        if not all(0 <= part <= 1 for part in (*parts, *shares, sum(shares))):
+            raise ValueError(f"{self}: each is a part of 1, and so are dialogs, keys, exercises and questions together")
 
 
 def encode_corpus(
@@ -58,15 +63,29 @@ def encode_corpus(
     for it, and for nothing else: so no text comes twice in a pass. It ends when a file is wanted and all are read.
     """
     rng = random.Random(seed)
-    shares = {"code": 1 - mixture.dialogs - mixture.keys, "dialogs": mixture.dialogs, "keys": mixture.keys}
+    shares = {"dialogs": mixture.dialogs, "keys": mixture.keys}
+    shares |= {"exercises": mixture.exercises, "questions": mixture.questions}
+    shares["code"] = 1 - sum(shares.values())
     shares = {kind: part for kind, part in shares.items() if part > 0}
     spent = dict.fromkeys(shares, 0)
     code: deque[Document] = deque()
     talks: deque[Turn] = deque()
     pool: deque[str] = deque()
     files = iter(sources)
+    world, questions = stream.documents(seed), stream.dialogs(seed)
+    with_gaps = replace(mixture, infilling=mixture.exercise_infilling)
     while True:
         kind = min(shares, key=lambda kind: spent[kind] / shares[kind])
+        if kind in ("exercises", "questions"):
+            if kind == "exercises":
+                sequence = encode_document(tokenizer, Document(next(world), ends=True), length, with_gaps, rng)
+            else:
+                system, request, answer = next(questions)
+                sequence = encode_turn(tokenizer, Turn(request, answer, system), mixture.answers_only)
+            if len(sequence) <= length:
+                spent[kind] += len(sequence)
+                yield sequence
+            continue
         lacks = {"code": not code, "dialogs": not talks, "keys": sum(map(len, pool)) < _POOL * length}
         if lacks[kind]:
             source = next(files, None)

@@ -16,6 +16,7 @@ import platform
 import random
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -246,10 +247,8 @@ def train_stage(
         model.load_state_dict(state["model"])
     log = train(model, data, config, folder, workers)
     if workers.lead and log:
-        try:
+        with suppress(ImportError):  # the command has told before
             draw(folder / "log.csv", folder / "curves.png", stage.name)
-        except ImportError as error:
-            print(error)
         if len(log) == plan.steps:
             _finish(stage, run, data, log, workers.device)
     workers.wait()

@@ -1,8 +1,7 @@
-"""The command: a table, a line of JSON, and files; on a checkpoint and on a preset; and what a user got wrong."""
+"""The command: a table or JSON, and files; on a checkpoint and on a preset; and what a user got wrong."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from llama.bench import cli, shapes
 from llama.bench.cli import VARIANTS, Variant, command, variant_of
 
 QUICK: dict[str, Any] = {"rounds": 2, "tokens": 3, "prompt": 5, "batches": (1, 2), "lengths": (9,), "size": 1e-4}
-MEASURES = "decode,loop,prefill,first_token"
+MEASURES = ("decode", "loop", "prefill", "first_token")
 Report = tuple[str, dict[str, Any]]
 
 
@@ -25,18 +24,22 @@ def group() -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
+def run(told: list[Any]) -> Any:
     def run(**options: Any) -> Report:
         command(**{**QUICK, "measures": MEASURES, **options})
-        *lines, last = capsys.readouterr().out.splitlines()
-        return "\n".join(lines), json.loads(last)
+        lines, found = told.pop()
+        return "\n".join(lines), found
 
     return run
 
 
 def test_a_checkpoint_from_end_to_end(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     text, found = run(
-        ckpt_dir=str(tiny_checkpoint), dtype="float32", variants="plain", measures=MEASURES + ",load", out=str(tmp_path)
+        ckpt_dir=str(tiny_checkpoint),
+        dtype="float32",
+        variants=("plain",),
+        measures=(*MEASURES, "load"),
+        out=str(tmp_path),
     )
     figures = {(f["measure"], f["variant"], f["rows"], f["tokens"]): f for f in found["figures"]}
     expected = {
@@ -58,7 +61,9 @@ def test_a_checkpoint_from_end_to_end(run: Any, tiny_checkpoint: Path, tmp_path:
 
 
 def test_the_embedded_checkpoint_against_transformers(run: Any) -> None:
-    text, found = run(variants="plain,lookup", against="transformers", measures="decode,load", batches=2)
+    text, found = run(
+        variants=("plain", "lookup"), against=("transformers",), measures=("decode", "load"), batches=(2,)
+    )  # fmt: skip
     decode = {f["variant"]: f for f in found["figures"] if f["measure"] == "decode"}
     assert decode.keys() == {"transformers", "plain", "lookup"}
     assert decode["lookup"]["x_transformers"] > 0
@@ -72,14 +77,14 @@ def test_the_embedded_checkpoint_against_transformers(run: Any) -> None:
 def test_some_layers_of_a_preset_are_extrapolated(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"dim": 64, "n_layers": 6, "n_heads": 4, "vocab_size": 5000, "hidden_dim": 96}
     monkeypatch.setitem(shapes.SHAPES, "tiny", small)
-    text, found = run(preset="tiny", layers=2, variants="plain")
+    text, found = run(preset="tiny", layers=2, variants=("plain",))
     assert found["model"]["n_layers"] == 2
     assert "extrapolated to 6 layers" in text
     whole = [f for f in found["figures"] if f.get("extrapolated_to") == 6]
     assert {f["measure"] for f in whole} == {"decode", "prefill"}
     part = next(f for f in found["figures"] if f["measure"] == "decode" and "extrapolated_to" not in f)
     assert next(f for f in whole if f["measure"] == "decode")["median"] < part["median"]
-    text, _ = run(preset="tiny", layers=6, variants="plain", measures="prefill,load")
+    text, _ = run(preset="tiny", layers=6, variants=("plain",), measures=("prefill", "load"))
     assert "extrapolated" not in text
     assert "reading the file" in text
 
@@ -89,7 +94,7 @@ def test_editing_from_end_to_end(run: Any, tiny_checkpoint: Path, tmp_path: Path
         (tmp_path / f"{i}.py").write_text(source, encoding="utf-8")
     out = tmp_path / "out"
     text, found = run(
-        editing=True, ckpt_dir=str(tiny_checkpoint), prompts=1, rounds=1, sources=str(tmp_path), variants="plain",
+        editing=True, ckpt_dir=str(tiny_checkpoint), prompts=1, rounds=1, sources=str(tmp_path), variants=("plain",),
         dtype="float32", out=str(out),
     )  # fmt: skip
     kinds = {one["kind"]: one for one in found["kinds"]}
@@ -109,7 +114,7 @@ def test_a_variant_settles_again_for_each_cache(run: Any, monkeypatch: pytest.Mo
         settled.append((cache.rows, cache.slots))
 
     monkeypatch.setitem(VARIANTS, "settling", Variant(settle_=settle_))
-    run(variants="plain+settling", measures="decode,prefill", lengths=(200,))
+    run(variants=("plain+settling",), measures=("decode", "prefill"), lengths=(200,))
     assert settled == [(1, 128), (2, 128), (1, 256)]
 
 
@@ -127,7 +132,7 @@ def test_a_variant_whose_room_is_missing_says_so(run: Any, monkeypatch: pytest.M
     absent = Variant(lambda model: cli._from("llama.nowhere.layers", "change_")(model))
     monkeypatch.setitem(VARIANTS, "absent", absent)
     with pytest.raises(ValueError, match=r"llama\.nowhere\.layers\.change_, which this version"):
-        run(variants="plain,absent")
+        run(variants=("plain", "absent"))
     with pytest.raises(ValueError, match=r"llama\.model\.nothing, which this version"):
         cli._from("llama.model", "nothing")
 
@@ -135,12 +140,12 @@ def test_a_variant_whose_room_is_missing_says_so(run: Any, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": "plain,quick"}, "there is no variant quick; choose plain, fast"),
+        ({"variants": ("plain", "quick")}, r"there is no variant quick \(there are plain, fast"),
+        ({"variants": ("fsat",)}, r"there is no variant fsat; did you mean fast\? \(there are plain, fast"),
         ({"preset": "8B"}, "there is no preset 8B; choose 7B"),
+        ({"batches": ()}, "--batches and --lengths are empty"),
         ({"preset": "S", "layers": 13}, "it has 1 to 12"),
         ({"layers": 2}, "--layers without --preset"),
-        ({"measures": "decode,speed"}, "choose of decode, loop, prefill, first_token, load, memory"),
-        ({"against": "llama.cpp"}, "against there is transformers"),
         ({"max_seq_len": 100}, "--max_seq_len is chosen by the measures"),
         ({"fast": True}, "--fast is a variant here"),
         ({"preset": "S", "rope_theta": 1.0}, "--rope_theta with --preset; a preset takes --device"),
@@ -151,7 +156,7 @@ def test_a_variant_whose_room_is_missing_says_so(run: Any, monkeypatch: pytest.M
 )
 def test_what_a_user_got_wrong(run: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run(**{"variants": "plain", **options})
+        run(**{"variants": ("plain",), **options})
 
 
 def test_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

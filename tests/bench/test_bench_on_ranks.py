@@ -22,7 +22,16 @@ def _measured(init_method: str, folder: str, options: dict[str, Any]) -> tuple[s
     """What a rank prints, or the ValueError that it raises."""
     parallel.start(init_method=init_method, device="cpu")
     shapes.SHAPES["tiny"] = SHAPE
-    quick = {"rounds": 1, "tokens": 2, "prompt": 5, "batches": 2, "lengths": 9, "size": 1e-4, "variants": "plain"}
+    quick: dict[str, Any] = {
+        "rounds": 1,
+        "tokens": 2,
+        "prompt": 5,
+        "batches": (2,),
+        "lengths": (9,),
+        "size": 1e-4,
+        "json": True,
+    }
+    quick["variants"] = ("plain",)
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out):
@@ -35,7 +44,7 @@ def _measured(init_method: str, folder: str, options: dict[str, Any]) -> tuple[s
 def test_all_ranks_measure_and_the_first_prints(tmp_path: Path) -> None:
     """A rank that did other rounds than the rest would wait for ever."""
     (first, _), (second, _) = on_ranks(_measured, 2, str(tmp_path / "out"), {}, limit=300)
-    found = json.loads(first.splitlines()[-1])
+    found = json.loads(first)
     assert second == ""
     assert found["ranks"] == 2
     assert {f["measure"] for f in found["figures"]} >= {"decode", "decode, loop", "prefill", "first token"}
@@ -43,7 +52,7 @@ def test_all_ranks_measure_and_the_first_prints(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "bench.csv").is_file()
 
 
-@pytest.mark.parametrize("options", [{"against": "transformers"}, {"measures": "load"}])
+@pytest.mark.parametrize("options", [{"against": ("transformers",)}, {"measures": ("load",)}])
 def test_what_needs_one_process_says_so_on_every_rank(tmp_path: Path, options: dict[str, Any]) -> None:
     for _, error in on_ranks(_measured, 2, str(tmp_path / "out"), options, limit=300):
         assert "leave torchrun out" in error

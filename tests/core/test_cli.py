@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Run, assert_one_paragraph
 from torch import Tensor
 
 from fixtures_text import ARGS, WEIGHTS
-from llama import Llama, Message, Transformer, checkpoint, cli, parallel, rope
-from llama.prompts import dialog
+from llama import Llama, Transformer, checkpoint, rope
+from llama import __version__ as llama_version
 from llama.rope import SPECTRA
-
-Outcome = tuple[int, str, str]  # exit code, stdout, stderr
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def codellama(
-    tiny_llama: Llama, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    """A function that runs a command line, by default on the small checkpoint with short answers."""
-
-    def run(*words: str, stdin: str = "", defaults: bool = True) -> Outcome:
-        options = ["--ckpt_dir", str(tiny_checkpoint)] if defaults else []
-        options += ["--temperature", "0", "--max_gen_len", "8"] if defaults and words[0] != "info" else []
-        monkeypatch.setattr(sys, "argv", ["codellama", *words, *options])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        finally:
-            parallel.start()  # a command leaves the groups at its end
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def completed(llama: Llama, text: str, **options: Any) -> str:
@@ -58,8 +28,29 @@ def completed(llama: Llama, text: str, **options: Any) -> str:
 def test_complete_prints_the_prompt_and_what_follows(codellama: Run, tiny_llama: Llama) -> None:
     expected = completed(tiny_llama, "def f(x):")
     assert codellama("complete", "def f(x):") == (0, f"def f(x):{expected}\n", "")
-    assert codellama("complete", "def f(x):", "--noecho") == (0, f"{expected}\n", "")
-    assert codellama("complete", "--prompt", "def f(x):") == (0, f"def f(x):{expected}\n", "")
+    assert codellama("complete", "def f(x):", "--no_echo") == (0, f"{expected}\n", "")
+    assert codellama("complete", "def f(x):", "--no-echo") == (0, f"{expected}\n", "")
+
+
+def test_spellings_of_before_are_understood(codellama: Run, tiny_llama: Llama) -> None:
+    """fire's: an argument by its name, --noX, a switch with a value."""
+    expected = completed(tiny_llama, "def f(x):")
+    for words in (["--prompt", "def f(x):"], ["--prompt=def f(x):"]):
+        assert codellama("complete", *words) == (0, f"def f(x):{expected}\n", "")
+    note = "note: --noecho is called --no_echo now\n"
+    assert codellama("complete", "def f(x):", "--noecho") == (0, f"{expected}\n", note)
+    for words in (["--echo", "false"], ["--echo=False"], ["--no_echo"]):
+        assert codellama("complete", "def f(x):", *words) == (0, f"{expected}\n", "")
+    assert codellama("complete", "def f(x):", "--echo", "true")[1] == f"def f(x):{expected}\n"
+
+
+@pytest.mark.parametrize("prompt", ["-- list all users", "--help me", "-x", "--"])
+def test_a_prompt_may_begin_with_hyphens(codellama: Run, tiny_llama: Llama, prompt: str) -> None:
+    expected = (0, prompt + completed(tiny_llama, prompt) + "\n", "")
+    assert codellama("complete", f"--prompt={prompt}") == expected
+    assert codellama("complete", "--", prompt) == expected
+    if " " in prompt and prompt.startswith("-- "):
+        assert codellama("complete", prompt) == expected
 
 
 def test_complete_reads_standard_input(codellama: Run, tiny_llama: Llama) -> None:
@@ -73,7 +64,7 @@ def test_a_prompt_that_looks_like_a_value_stays_text(codellama: Run, tiny_llama:
 
 
 def test_complete_takes_the_settings_of_sampling(codellama: Run, tiny_llama: Llama, tiny_checkpoint: Path) -> None:
-    words = ["complete", "x", "--noecho", "--temperature", "1.5", "--top_p", "1", "--seed", "3", "--max_gen_len", "12"]
+    words = ["complete", "x", "--no_echo", "--temperature", "1.5", "--top_p", "1", "--seed", "3", "--max_gen_len", "12"]
     words += ["--ckpt_dir", str(tiny_checkpoint)]
     drawn = {"temperature": 1.5, "top_p": 1.0, "seed": 3, "max_gen_len": 12}
     assert codellama(*words, defaults=False)[1] == completed(tiny_llama, "x", **drawn) + "\n"
@@ -84,11 +75,12 @@ def test_complete_takes_the_settings_of_sampling(codellama: Run, tiny_llama: Lla
 def test_stop_ends_the_answer(codellama: Run, tiny_llama: Llama) -> None:
     whole = completed(tiny_llama, "x")
     expected = whole[: whole.index(whole[3:5])]
-    assert codellama("complete", "x", "--noecho", "--stop", whole[3:5])[1] == expected + "\n"
+    assert codellama("complete", "x", "--no_echo", "--stop", whole[3:5])[1] == expected + "\n"
 
 
 @pytest.mark.parametrize("stop", ["7", "[1]", "1,2"])
 def test_a_stop_that_looks_like_ids_is_text(codellama: Run, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    """And several are several."""
     given: list[Any] = []
     original = Llama.stream
 
@@ -97,8 +89,8 @@ def test_a_stop_that_looks_like_ids_is_text(codellama: Run, monkeypatch: pytest.
         return original(self, *args, **options)
 
     monkeypatch.setattr(Llama, "stream", stream)
-    assert codellama("complete", "x", "--stop", stop)[0] == 0
-    assert given == [stop]
+    assert codellama("complete", "x", "--stop", stop, "--stop", r"\n", "--stop", "\\\\n")[0] == 0
+    assert given == [(stop, "\n", "\\n")]
 
 
 def test_options_of_build_are_passed_on(codellama: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,126 +182,86 @@ def test_infill_reads_standard_input(codellama: Run, tiny_llama: Llama) -> None:
     assert codellama("infill", "-", stdin="x = <FILL>\n") == (0, f"x = {middle(tiny_llama, 'x = ', chr(10))}\n", "")
 
 
-@pytest.mark.parametrize(("text", "n"), [("x = 1\n", 0), ("<FILL> = <FILL>\n", 2)])
-def test_infill_wants_exactly_one_place(codellama: Run, tmp_path: Path, text: str, n: int) -> None:
-    (tmp_path / "f.py").write_text(text)
-    code, out, err = codellama("infill", str(tmp_path / "f.py"))
-    assert (code, out) == (1, "")
-    assert_one_paragraph(err, rf"{tmp_path / 'f.py'} has {n} places marked <FILL>; it needs exactly one")
+def test_infill_fills_several_places_one_after_the_other(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
+    """What is filled in belongs to the next prefix; marks that are still open are no part of a suffix."""
+    path = tmp_path / "f.py"
+    path.write_text("a = <FILL>\nb = <FILL>\n")
+    first = middle(tiny_llama, "a = ", "\nb = \n")
+    second = middle(tiny_llama, f"a = {first}\nb = ", "\n")
+    assert codellama("infill", str(path)) == (0, f"a = {first}\nb = {second}\n", "")
+    assert codellama("infill", str(path), "--only") == (0, f"{first}\n{second}\n", "")
 
 
-def test_infill_names_a_file_that_is_not_there(codellama: Run, tmp_path: Path) -> None:
-    code, _, err = codellama("infill", str(tmp_path / "absent.py"))
-    assert code == 1
-    assert_one_paragraph(err, f"there is no file {tmp_path / 'absent.py'}")
+def test_infill_at_a_line_and_a_column(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
+    path = tmp_path / "f.py"
+    path.write_bytes(b"def f(x):\r\n    return\r\n")
+    for place, prefix in (("2:11", "def f(x):\r\n    return"), ("1:1", ""), ("3:1", "def f(x):\r\n    return\r\n")):
+        suffix = path.read_bytes().decode()[len(prefix) :]
+        expected = prefix + middle(tiny_llama, prefix, suffix) + suffix
+        assert codellama("infill", f"{path}:{place}") == (0, expected, "")
+    for place, allowed in (("2:12", "line 2 has columns 1 to 11"), ("4:1", "it has lines 1 to 3"), ("0:1", "lines 1")):
+        code, out, err = codellama("infill", f"{path}:{place}")
+        assert (code, out) == (1, "")
+        assert_one_paragraph(err, allowed)
 
 
-# --- chat --------------------------------------------------------------------------------------------------------
+def test_infill_in_place_changes_the_file_and_nothing_else(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
+    path, link = tmp_path / "f.py", tmp_path / "link.py"
+    path.write_bytes("# -*- coding: latin-1 -*-\ns = 'caf\xe9'\r\nx = <FILL>\r\n".encode("latin-1"))
+    path.chmod(0o640)
+    link.symlink_to(path)
+    prefix, suffix = "# -*- coding: latin-1 -*-\ns = 'caf\xe9'\r\nx = ", "\r\n"
+    filled = prefix + middle(tiny_llama, prefix, suffix) + suffix
+    code, out, err = codellama("infill", str(link), "--in_place")
+    assert (code, out, err) == (0, "", f"{link}: 1 place filled in\n")
+    assert path.read_bytes() == filled.encode("latin-1")
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink()
 
 
-def scripted_chat(llama: Llama, questions: list[str], system: str | None = None) -> list[str]:
-    """The answers that a chat must give: each turn from the whole conversation, nothing remembered."""
-    messages: list[Message] = [Message(role="system", content=system)] if system else []
-    said = []
-    for question in questions:
-        messages.append(Message(role="user", content=question))
-        (result,) = llama.chat_completion([messages], 0, max_gen_len=8, reuse=False)
-        said.append(result["generation"]["content"])
-        messages.append(Message(role="assistant", content=said[-1]))
-    return said
-
-
-def test_chat_answers_turn_by_turn(codellama: Run, tiny_llama: Llama) -> None:
-    expected = scripted_chat(tiny_llama, ["Hi", "And?"])
-    assert codellama("chat", stdin="Hi\n\n  And?  \n") == (0, "".join(f"{said}\n" for said in [*expected, ""]), "")
-    assert codellama("chat", stdin="Hi\n/exit\nAnd?\n") == (0, f"{expected[0]}\n", "")
-
-
-def test_chat_reset_forgets_all_but_the_system_message(codellama: Run, tiny_llama: Llama) -> None:
-    first, second = scripted_chat(tiny_llama, ["Hi", "And?"], "Brief.")
-    (fresh,) = scripted_chat(tiny_llama, ["And?"], "Brief.")
-    assert fresh != second
-    code, out, _ = codellama("chat", "--system", "Brief.", stdin="Hi\n/reset\nAnd?\n/reset\nHi\nAnd?\n")
-    assert (code, out) == (0, f"{first}\n{fresh}\n{first}\n{second}\n\n")
-
-
-def test_a_system_message_that_looks_like_a_value_stays_text(codellama: Run, tiny_llama: Llama) -> None:
-    for system in ("brief,kind", "[x]", "1.50"):
-        (said,) = scripted_chat(tiny_llama, ["Hi"], system)
-        assert codellama("chat", "--system", system, stdin="Hi\n/exit\n")[1] == f"{said}\n"
-
-
-def test_chat_reads_of_a_turn_only_what_is_new(
-    codellama: Run, tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_infill_in_place_changes_nothing(
+    codellama: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages = [Message(role="user", content=text) for text in ("Hi, who are you?", "And?")]
-    (said,) = scripted_chat(tiny_llama, [messages[0]["content"]])
-    messages.insert(1, Message(role="assistant", content=said))
-    first, second = (len(dialog(tiny_llama.tokenizer, messages[:n]).tokens) for n in (1, 3))
-    read: list[int] = []
-    original: Callable[..., Tensor] = Transformer.hidden
-
-    def hidden(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
-        read.append(tokens.shape[1])
-        return original(self, tokens, *args)
-
-    monkeypatch.setattr(Transformer, "hidden", hidden)
-    codellama("chat", stdin="Hi, who are you?\nAnd?\n")
-    prompts = [tokens for tokens in read if tokens > 1]
-    assert len(prompts) == 2
-    assert prompts[0] == first
-    assert prompts[1] < second - first  # nor what was said
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_chat(
-    codellama: Run, tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It comes while the model computes. What was said so far is part of the conversation."""
-    (whole,) = scripted_chat(tiny_llama, ["Hi"])
-    original = Transformer.hidden
-    passes: list[int] = []
+    path = tmp_path / "f.py"
+    path.write_text("x = <FILL>\n")
+    original, passes = Transformer.hidden, []
 
     def hidden(self: Transformer, *args: Any) -> Tensor:
         passes.append(1)
-        if len(passes) == 5:
+        if len(passes) == 3:
             raise KeyboardInterrupt
         return original(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "hidden", hidden)
-        code, out, err = codellama("chat", stdin="Hi\nAnd?\n")
-    said, rest = out.split(" [stopped]\n")
-    assert (code, err) == (0, "")
-    assert whole.startswith(said)
-    assert 0 < len(said) < len(whole)
-    history = [
-        Message(role="user", content="Hi"),
-        Message(role="assistant", content=said),
-        Message(role="user", content="And?"),
-    ]
-    (result,) = tiny_llama.chat_completion([history], 0, max_gen_len=8)
-    assert rest == f"{result['generation']['content']}\n\n"
+    monkeypatch.setattr(Transformer, "hidden", hidden)
+    assert codellama("infill", str(path), "--in_place")[0] == 130
+    assert path.read_text() == "x = <FILL>\n"
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith((".f", "f"))] == ["f.py"]
 
 
-def test_ctrl_c_at_the_prompt_ends_the_chat(codellama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: str) -> str:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (b"x = 1\n", [], "has no place marked <FILL>; mark one or several, or give "),
+        (b"s = 'caf\xe9'\n<FILL>\n", [], "is not in utf-8 (byte 0xe9 at 8): save it as UTF-8, or for a file say"),
+        (b"<FILL>\n", ["--encoding", "latin-9000"], "--encoding latin-9000 is unknown to Python"),
+        (None, [], "f.py is missing; give a file with <FILL>, FILE:LINE:COLUMN, or - for standard input"),
+    ],
+)
+def test_infill_says_what_is_wrong_with_a_file_before_it_loads(
+    codellama: Run, tmp_path: Path, text: bytes | None, words: list[str], message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "f.py").write_bytes(text)
+    code, out, err = codellama("infill", str(tmp_path / "f.py"), *words, "--ckpt_dir", "/nowhere")
+    assert (code, out) == (1, "")
+    assert_one_paragraph(err, message)
 
-    monkeypatch.setattr("builtins.input", interrupted)
-    assert codellama("chat") == (0, "\n", "")
 
-
-def test_chat_goes_on_after_what_it_cant_answer(codellama: Run, tiny_llama: Llama) -> None:
-    """Tags, and a conversation that has outgrown the context."""
-    (said,) = scripted_chat(tiny_llama, ["Hi"])
-    long = "word " * 300
-    code, out, err = codellama("chat", "--max_seq_len", "128", stdin=f"[INST]\n{long}\nHi\n")
-    assert (code, err) == (0, "")
-    refused, too_long, answer = out.rstrip("\n").split("\n", 2)
-    assert refused.startswith("(Error: special tags are not allowed")
-    assert "max_seq_len" in too_long
-    assert too_long.endswith("/reset begins anew)")
-    assert answer == said.rstrip("\n")
+def test_infill_reads_another_encoding(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_bytes(b"s = 'caf\xe9'\nx = <FILL>\n")
+    prefix = "s = 'caf\xe9'\nx = "
+    expected = prefix + middle(tiny_llama, prefix, "\n") + "\n"
+    assert codellama("infill", str(tmp_path / "f.py"), "--encoding", "latin-1") == (0, expected, "")
 
 
 # --- info --------------------------------------------------------------------------------------------------------
@@ -352,25 +304,15 @@ def test_a_folder_whose_name_looks_like_a_number_is_a_folder(
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def assert_one_paragraph(err: str, message: str) -> None:
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["complete", "x", "--ckpt_dir", "/nowhere/at/all"], "there is no folder /nowhere/at/all; pass --ckpt_dir"),
-        (["complete", "x", "--temprature", "1"], "unknown option --temprature; there are --ckpt_dir,"),
-        (["infill", "x", "--top_q", "1"], "unknown option --top_q"),
-        (["chat", "--sistem", "x"], "unknown option --sistem"),
-        (["complete", "x", "--dtype", "float8"], "--dtype float8 is unknown; there are float32, bfloat16, float16"),
         (["complete", "x", "--dtype", "float16", "--device", "cpu"], "choose bfloat16 or float32"),
         (["complete", "x", "--rope_scaling", "spiral"], "spiral"),
-        (["complete", "x", "--top_p", "7"], "top_p is 7; give a number, at least 0 and at most 1"),
-        (["complete", "word " * 600], "larger max_seq_len"),
+        (["complete", "word " * 600, "--max_seq_len", "512"], "larger max_seq_len"),
+        (["complete", "x", "--load_cache", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["complete", "x", "--save_cache", "/dev/null/cache"], "/dev/null/cache can't be written"),
         (["info", "--ckpt_dir", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
     ],
 )
@@ -379,6 +321,59 @@ def test_an_error_is_one_paragraph(codellama: Run, tiny_checkpoint: Path, words:
     code, out, err = codellama(*words, *given, defaults=False)
     assert (code, out) == (1, "")
     assert_one_paragraph(err, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["complete", "x", "--temprature", "1"], ["Unrecognized options: --temprature", "--temperature X"]),
+        (["infill", "x", "--top_q", "1"], ["--top_q", "--top_p"]),
+        (["chat", "--sistem", "x"], ["--sistem", "--system TEXT"]),
+        (["complete", "x", "--dtype", "float8"], ["'float8'", "'float32', 'bfloat16', 'float16'"]),
+        (["complete", "x", "--device", "gpu"], ["'gpu' is no device: give cpu, cuda, cuda:N or mps"]),
+        (["complete", "x", "--top_p", "7"], ["--top_p: it is 7; give a number, at least 0 and at most 1"]),
+        (["complete", "x", "--temperature", "warm"], ["it is 'warm'; give a number"]),
+        (["complete", "x", "--temperature", "nan"], ["it is nan; give a number"]),
+        (["complete", "x", "--rope_theta", "0"], ["it is 0; give a number, above 0"]),
+        (["complete", "x", "--max_gen_len", "1.5"], ["it is 1.5; give a whole number"]),
+        (["complete", "x", "--quantize", "int5"], ["'int5' is unknown; did you mean int8?"]),
+        (["complete", "x", "--rope_scaling", "{1: 2}"], ["can't be read"]),
+        (["complete"], ["Required options", "PROMPT"]),
+        (["complete", "x", "y"], ["Unrecognized options: y"]),
+        (["complete", "x", "--fast=maybe"], ["--fast is 'maybe', but it takes no value"]),
+    ],
+)
+def test_mistakes_in_words_are_answered_before_anything_is_loaded(
+    codellama: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], messages: list[str]
+) -> None:
+    monkeypatch.setattr("llama.front.load", lambda *_, **__: pytest.fail("something was loaded"))
+    code, out, err = codellama(*words, defaults=False)
+    assert (code, out) == (2, "")
+    told = " ".join(line.strip("│╭╮╰╯─ ") for line in err.splitlines())
+    for message in messages:
+        assert message in told
+
+
+def test_one_person_has_one_row_the_whole_context_and_fast_kernels(
+    codellama: Run, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Llama] = []
+    original = Llama.stream
+
+    def stream(self: Llama, *args: Any, **options: Any) -> Iterator[Any]:
+        built.append(self)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Llama, "stream", stream)
+    for kernels, words in ((True, []), (False, []), (True, ["--no_fast"])):
+        assert codellama("complete", "x", *words, kernels=kernels)[0] == 0
+    assert [type(llama.model.layers[0]).__name__ for llama in built] == ["FusedBlock", *["TransformerBlock"] * 2]
+    args = built[0].model.args
+    assert (args.max_batch_size, args.max_seq_len) == (1, 4096)  # Llama 2's context, by its theta
+    monkeypatch.setattr("llama.interop.plan.free_memory", lambda device: 2_000_000)
+    monkeypatch.setenv("CODELLAMA_IGNORE_PLAN", "1")
+    assert codellama("complete", "x")[0] == 0
+    assert 512 <= built[-1].model.args.max_seq_len < 4096
 
 
 def test_a_warning_is_a_note(codellama: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -392,14 +387,41 @@ def test_a_warning_is_a_note(codellama: Run, tiny_checkpoint: Path, tmp_path: Pa
     assert err == f"note: {params}: unknown keys are ignored: use_moe\n"
 
 
-def test_help_names_the_commands(codellama: Run) -> None:
-    code, out, err = codellama("--help", defaults=False)
-    assert code == 0
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_help_names_the_commands(codellama: Run, words: list[str]) -> None:
+    code, out, err = codellama(*words, defaults=False)
+    assert (code, err) == (0, "")
     for name in ("complete", "infill", "chat", "info"):
-        assert name in out + err
+        assert f"\n  {name} " in out
+
+
+@pytest.mark.parametrize("verb", ["complete", "infill", "chat", "info"])
+def test_help_of_a_verb_explains_every_option(codellama: Run, verb: str) -> None:
+    """On standard output, with its default."""
+    code, out, err = codellama(verb, "--help", defaults=False)
+    assert (code, err) == (0, "")
+    options = re.findall(r"│ --(\w+)", out)
+    assert len(options) == len(set(options))
+    explained = re.split(r"│ --", out)[1:]
+    for option in explained:
+        text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", option).split())
+        assert re.search(r"\((default: .*|repeatable)\)", text), text
+        assert len(text) > 30, text
+
+
+def test_the_version_is_told(codellama: Run) -> None:
+    assert codellama("--version", defaults=False) == (0, f"codellama {llama_version}\n", "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_verbs_and_options(codellama: Run, shell: str) -> None:
+    code, out, err = codellama("completion", shell, defaults=False)
+    assert (code, err) == (0, "")
+    for word in ("complete", "infill", "longcontext", "--max_gen_len", "--ckpt_dir"):
+        assert word in out
 
 
 def test_an_unknown_command_is_named(codellama: Run) -> None:
     code, _, err = codellama("compleat", "x", defaults=False)
     assert code == 2
-    assert "compleat" in err
+    assert "'compleat'; did you mean complete? (there are complete, infill," in err

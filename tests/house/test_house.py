@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import io
 import re
+import runpy
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import llama
 from llama.checkpoint import FORMATS
 
 PACKAGE = Path(__file__).parents[2] / "llama"
@@ -34,16 +39,31 @@ READING_ORDER = [
     "requests",
     "decoding",
     "generation",
+    "options",
     "front",
+    "verbs",
+    "terminal",
+    "writers",
+    "chat",
     "cli",
+    "__main__",
 ]
-EDGES = {"arguments", "errors", "system", "control", "front", "cli"}
-"""Files and memory, ranks that die, words: what a program needs besides, from which nothing is learned about a Llama. A
-room may be imported by the last two alone."""
+WORDS = {"options", "front", "verbs", "terminal", "writers", "chat", "cli", "__main__"}
+"""What turns words into objects, and answers at a terminal. These alone may import a room, and their own libraries."""
+EDGES = {"arguments", "errors", "system", "control"} | WORDS
+"""Files and memory, ranks that die, words: what a program needs besides, from which nothing is learned about a
+Llama."""
 RUN_TIME = {"torch", "sentencepiece", "fairscale", "fire", "numpy", "tqdm", "llama"} | set(sys.stdlib_module_names)
 RUN_TIME |= {"typing_extensions"}  # what types need, and PyTorch brings
+OF_WORDS = {"tyro", "prompt_toolkit"}
 CORE = [PACKAGE / f"{name}.py" for name in READING_ORDER]
-LEANS_ON = {"longcontext": {"evals"}, "quantize": {"evals", "kernels"}, "bench": {"evals"}, "fast": {"kernels"}}
+LEANS_ON = {
+    "longcontext": {"evals"},
+    "quantize": {"evals", "kernels"},
+    "bench": {"evals"},
+    "serve": {"evals"},
+    "fast": {"kernels"},
+}
 """Rooms that measure build on the one that knows how: its intervals, sources and records. Those that multiply build on
 the one with the kernels. Both build on none."""
 ROOMS = sorted(folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file())
@@ -84,9 +104,10 @@ def test_core_imports_only_what_stands_above_it(name: str) -> None:
     above = set(READING_ORDER[: READING_ORDER.index(name)])
     for imported in imports(PACKAGE / f"{name}.py"):
         top, _, rest = imported.partition(".")
-        assert top in RUN_TIME | {"__future__"}, f"{name}.py imports {imported}, which the core may not need"
-        room = rest.split(".")[0] in ROOM_NAMES and name in ("front", "cli")
-        if top == "llama" and not room:
+        allowed = RUN_TIME | {"__future__"} | (OF_WORDS if name in WORDS else set())
+        assert top in allowed, f"{name}.py imports {imported}, which the core may not need"
+        room = rest.split(".")[0] in ROOM_NAMES and name in WORDS
+        if top == "llama" and not room and rest != "__version__":
             assert rest.split(".")[0] in above, f"{name}.py imports {imported}, which stands below it"
 
 
@@ -116,7 +137,7 @@ def test_the_core_reaches_a_room_by_one_table_alone() -> None:
         found = roads_to_rooms((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
         if name == "checkpoint":
             assert found == [*FORMATS.values(), "import_module"]
-        elif name not in ("front", "cli"):
+        elif name not in WORDS:
             assert found == [], f"{name}.py leads to {found}"
 
 
@@ -187,6 +208,35 @@ def test_model_file_contains_the_model_and_nothing_else() -> None:
 def test_license_and_version_are_one() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    version = re.search(r'version="([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
-    assert version is not None
-    assert f"## {version[1]}" in changelog
+    assert re.findall("^## ([0-9.]+)", changelog, re.MULTILINE)[0] == llama.__version__
+
+
+def test_setup_reads_the_version_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, Any] = {}
+    fake = SimpleNamespace(setup=said.update, find_packages=lambda **options: [])
+    monkeypatch.setitem(sys.modules, "setuptools", fake)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert said["version"] == llama.__version__
+    assert (ROOT / "setup.py").read_text(encoding="utf-8").count(llama.__version__) == 0
+
+
+def test_the_front_door_shows_types_what_it_opens() -> None:
+    """Its table, by which a name is imported when it is asked for, says the same as its imports for type checkers."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (shown,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imported = {
+        str(node.module).removeprefix("llama."): tuple(alias.name for alias in node.names)
+        for node in shown.body
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert imported == llama._PLACES
+    assert sorted(llama.__all__) == sorted([*sum(imported.values(), ()), "__version__"])
+    for name in llama.__all__:
+        assert getattr(llama, name) is not None
+    assert dir(llama) == sorted(llama.__all__)
+
+
+def test_an_error_is_caught_without_pytorch() -> None:
+    """`import llama` costs a second where PyTorch comes with it; a client that catches our errors need not pay it."""
+    line = "import sys, llama; llama.LlamaError; print(*({'torch', 'numpy', 'sentencepiece'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", line], capture_output=True, check=True, text=True).stdout == "\n"

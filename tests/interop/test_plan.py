@@ -15,13 +15,24 @@ import reference
 from fixtures_text import ARGS
 from llama import Llama, Transformer, checkpoint, load
 from llama.checkpoint import Checkpoint
+from llama.cli import dispatch, parse
 from llama.config import PRESETS, ModelArgs
 from llama.generation import EMBEDDED
 from llama.interop import plan as module
 from llama.interop.layout import read_args, shard_shapes, whole_shapes
 from llama.interop.measure_plan import compare, fill
 from llama.interop.memory import HOST_TOKEN, QUANTIZATIONS, Settings, plan, weight_bytes
-from llama.interop.plan import alternatives, changed, command, difference, fits, parse_size, require, verdict
+from llama.interop.plan import (
+    alternatives,
+    architecture,
+    changed,
+    command,
+    difference,
+    fits,
+    parse_size,
+    require,
+    verdict,
+)
 from llama.parallel import Ranks
 from llama.quantize.layers import linears, quantize_
 from llama.quantize.saved import quantize_checkpoint
@@ -165,8 +176,8 @@ def test_a_plan_is_what_a_run_allocates(
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("slots", [512, 2048])
 def test_a_plan_is_what_the_embedded_checkpoint_takes(slots: int, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(shapes="embedded", slots=slots, rows=4)
-    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    compare(shapes=("embedded",), slots=slots, rows=4, json=True)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["ratio"] == pytest.approx(1, abs=0.05)
 
 
@@ -288,12 +299,12 @@ def test_sizes_that_are_none(text: str) -> None:
 
 
 def test_the_command_plans_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    command("7b", max_seq_len=100_000, max_batch_size=1, device_memory="80GB")
+    command("7b", max_seq_len=100_000, max_batch_size=1, device_memory=80 * GB)
     out = capsys.readouterr().out
     assert "13.48 GB" in out  # weights
     assert "52.43 GB" in out  # KV cache
     assert "fits: " in out
-    command("34B", max_seq_len=100_000, max_batch_size=1, model_parallel_size=2, device_memory="40GB")
+    command("34B", max_seq_len=100_000, max_batch_size=1, model_parallel_size=2, device_memory=40 * GB)
     assert "does not fit" in capsys.readouterr().out
 
 
@@ -306,37 +317,81 @@ def test_the_command_plans_a_folder_without_weights(
         read_args(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     assert read_args(tmp_path).vocab_size == Tokenizer(tokenizer_path).n_words
-    command(str(tmp_path), device="cpu", device_memory="1GB")
+    dispatch(command, [str(tmp_path), "--device", "cpu", "--device_memory", "1GB"], "plan")
     assert "fits: " in capsys.readouterr().out
 
 
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+
+
 def test_a_config_json_is_the_same_architecture(tmp_path: Path) -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert plan(read_args(tmp_path)).weights == plan(preset("34B")).weights
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"config\.json: .*bert"):
         read_args(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "named"),
-    [
-        ("8B", {}, "7B, 13B, 34B, 70B"),
-        ("7B", {"dtype": "int3"}, "--dtype int3"),
-        ("7B", {"kv_dtype": "fp4"}, "--kv_dtype fp4"),
-    ],
-)
-def test_words_that_mean_nothing_are_named(model: str, options: dict[str, str], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        command(model, **options)
+def test_words_that_mean_nothing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="7B, 13B, 34B, 70B"):
+        command("8B")
+    for option, word, known in (
+        ("--dtype", "int3", "float32"),
+        ("--kv_dtype", "fp4", "float8"),
+        ("--device", "tpu", "cpu"),
+    ):
+        with pytest.raises(SystemExit):
+            dispatch(command, ["7B", option, word], "plan")
+        err = capsys.readouterr().err
+        assert option in err
+        assert word in err
+        assert known in err
+
+
+def test_without_limits_it_is_one_conversation_of_the_models_own_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16,384 tokens where theta is 1e6; what a config.json says; and the embedded checkpoint's."""
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 6000}))
+    for model, length in (("13B", 16_384), (str(tmp_path), 6000), (str(EMBEDDED), 2048)):
+        args = architecture(model)
+        assert (args.max_seq_len, args.max_batch_size) == (length, 1)
+        command(model, device_memory=GB)
+        assert f"1 row of {length:,} tokens" in capsys.readouterr().out
+
+
+def test_suggestions_are_all_that_fit_and_none_is_better_than_another() -> None:
+    """One change, and several together: fewer bits, fewer rows, a shorter context."""
+    planned = plan(preset("34B", max_seq_len=16_384, max_batch_size=64))
+    said = [difference(planned, other) for other in alternatives(planned, 80 * GB)]
+    assert len(said) == len(set(said))
+    kinds = [tuple(word for word in words.split() if word.startswith("--")) for words in said]
+    assert [len(kind) for kind in kinds] == sorted(len(kind) for kind in kinds)
+    for kind in ("--max_batch_size",), ("--max_seq_len",), ("--model_parallel_size",):
+        assert kind in kinds
+    for kind in ("--max_batch_size", "--quantize"), ("--max_seq_len", "--quantize"), ("--max_seq_len", "--kv_dtype"):
+        assert kind in kinds
+    tight = plan(preset("34B", max_seq_len=100_000, max_batch_size=64))
+    together = [difference(tight, other) for other in alternatives(tight, 24 * GB)]
+    assert any("--max_batch_size 1 " in words and "--max_seq_len" in words and "int4" in words for words in together)
+    # In words that a person can paste.
+    for words in said:
+        arguments = parse(command, ["34B", *words.split(), "--device_memory", "80GB"], "plan")[1]
+        settings = Settings(
+            arguments["model_parallel_size"], quantize=arguments["quantize"], prefill_chunk=arguments["prefill_chunk"],
+            kv_dtype=torch.int8 if arguments["kv_dtype"] else None,
+        )  # fmt: skip
+        rows = 64 if "--max_batch_size" not in words else arguments["max_batch_size"]
+        assert fits(
+            plan(architecture("34B", max_seq_len=arguments["max_seq_len"], max_batch_size=rows), settings), 80 * GB
+        )

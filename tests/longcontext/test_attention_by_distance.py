@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fixtures_text import training_texts
 from llama import parallel
 from llama.cache import Span
+from llama.cli import parse
 from llama.config import ModelArgs
 from llama.evals.sources import File
 from llama.generation import Llama
@@ -226,9 +227,9 @@ def test_what_cannot_be_watched_is_named(tiny_llama: Llama, options: dict[str, A
         attention_by_distance(tiny_llama, **{"sources": SOURCES, **options})
 
 
-@pytest.mark.parametrize(("heads", "maps"), [("1:2,0:7", ["1:2", "0:7"]), ("0", [])])
+@pytest.mark.parametrize(("heads", "maps"), [([(1, 2), (0, 7)], ["1:2", "0:7"]), (0, [])])
 def test_command_writes_a_table_a_record_and_a_picture(
-    heads: str, maps: list[str], tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    heads: Any, maps: list[str], tmp_path: Path, tiny_checkpoint: Path, told: list[Any]
 ) -> None:
     for source in SOURCES:
         (tmp_path / source.path).write_text(source.text, encoding="utf-8")
@@ -236,11 +237,11 @@ def test_command_writes_a_table_a_record_and_a_picture(
     options: dict[str, Any] = {"ckpt_dir": str(tiny_checkpoint), "max_seq_len": 64}
     out = tmp_path / "out"
     COMMANDS["attention"](out=str(out), sources=str(tmp_path), documents=1, heads=heads, **options)
-    *table, last = capsys.readouterr().out.splitlines()
+    [(table, printed)] = told
     assert [line.split()[0] for line in table] == ["layer", "0", "1"]
     shares = [float(word.strip("%")) for word in table[1].split()[1:-2]]
     assert sum(shares) == pytest.approx(100, abs=0.5)
-    assert json.loads(last)["maps"] == maps
+    assert printed["maps"] == maps
     with open(out / "attention.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     share = {(row["layer"], row["head"]): 0.0 for row in rows}
@@ -252,6 +253,12 @@ def test_command_writes_a_table_a_record_and_a_picture(
 
 
 @pytest.mark.parametrize("heads", ["two", "1:2:3", "0:1,3"])
-def test_heads_that_cannot_be_read_are_named(heads: str) -> None:
-    with pytest.raises(ValueError, match="LAYER:HEAD"):
-        COMMANDS["attention"](heads=heads)
+def test_heads_that_cannot_be_read_are_named(heads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(COMMANDS["attention"], ["--heads", heads], "attention")
+    assert "LAYER:HEAD" in capsys.readouterr().err
+
+
+def test_heads_are_a_number_or_places() -> None:
+    for words, heads in (("3", 3), ("0:3,2:1", [(0, 3), (2, 1)])):
+        assert parse(COMMANDS["attention"], ["--heads", words], "attention")[1]["heads"] == heads

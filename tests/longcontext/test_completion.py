@@ -211,9 +211,7 @@ def test_what_cannot_be_asked_is_refused(tiny_llama: Llama) -> None:
         complete_lines(tiny_llama, alone, [0], n=1, own=10, one_repository=True, trained=64)
 
 
-def test_command_leaves_a_table_a_record_and_a_picture(
-    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_leaves_a_table_a_record_and_a_picture(tmp_path: Path, tiny_checkpoint: Path, told: list[Any]) -> None:
     pytest.importorskip("matplotlib")
     parallel.start()
     for file in REPOSITORY:
@@ -222,12 +220,12 @@ def test_command_leaves_a_table_a_record_and_a_picture(
     out = tmp_path / "out"
     limits: dict[str, Any] = {"sources": str(tmp_path), "contexts": (0, 24), "own": 20, "show": 1, "out": str(out)}
     command(**limits, ckpt_dir=str(tiny_checkpoint))
-    *shown, last = capsys.readouterr().out.splitlines()
+    [(shown, printed)] = told
     rows = list(csv.DictReader((out / "completion.csv").open(encoding="utf-8")))
     assert [(r["context"], r["metric"]) for r in rows[::4]] == [("0", "exact"), ("24", "exact")]
     assert rows[1]["metric"] == "edit_similarity"
     assert all(float(r["low"]) <= float(r["value"]) <= float(r["high"]) for r in rows)
-    assert json.loads(last)["rows"][0]["lines"] == int(rows[0]["lines"]) == 5
+    assert printed["rows"][0]["lines"] == int(rows[0]["lines"]) == 5
     assert json.loads((out / "completion.json").read_text(encoding="utf-8"))["own"] == 20
     assert (out / "completion.png").read_bytes().startswith(b"\x89PNG")
     assert shown[0].startswith("# box/app/")

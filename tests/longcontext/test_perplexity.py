@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,9 +246,7 @@ def test_any_text_is_read(tmp_path: Path) -> None:
         read_texts(str(tmp_path / "nowhere"))
 
 
-def test_command_leaves_a_table_a_record_and_a_picture(
-    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_leaves_a_table_a_record_and_a_picture(tmp_path: Path, tiny_checkpoint: Path, told: list[Any]) -> None:
     pytest.importorskip("matplotlib")
     parallel.start()
     for file in FILES:
@@ -256,9 +255,9 @@ def test_command_leaves_a_table_a_record_and_a_picture(
     command(
         sources=str(tmp_path), lengths=(12, 32), bins=2, out=str(out), ckpt_dir=str(tiny_checkpoint), rope_theta=1e6
     )
-    *table, last = capsys.readouterr().out.splitlines()
+    [(table, printed)] = told
     rows = list(csv.DictReader((out / "perplexity.csv").open(encoding="utf-8")))
-    assert json.loads(last)["rows"][0]["value"] == float(rows[0]["value"])
+    assert printed["rows"][0]["value"] == float(rows[0]["value"])
     assert {(r["scheme"], r["theta"], r["n"]) for r in rows} == {("default", "1000000.0", "2")}
     windows = {(r["length"], r["stride"]) for r in rows if r["metric"] == "perplexity"}
     assert windows == {("12", "6"), ("32", "16")}

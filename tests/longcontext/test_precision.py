@@ -164,19 +164,17 @@ def test_what_cannot_be_measured_is_named(tiny_llama: Llama, options: dict[str, 
         precision(tiny_llama, SOURCES, **options)
 
 
-def test_command_writes_a_table_a_record_and_a_picture(
-    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_a_table_a_record_and_a_picture(tmp_path: Path, tiny_checkpoint: Path, told: list[Any]) -> None:
     for source in SOURCES:
         (tmp_path / source.path).write_text(source.text, encoding="utf-8")
     parallel.start()
     out = tmp_path / "out"
-    names = "ours,bfloat16_table"
+    names = ("ours", "bfloat16_table")
     options: dict[str, Any] = {"ckpt_dir": str(tiny_checkpoint), "max_seq_len": 64, "documents": 1}
-    COMMANDS["precision"](out=str(out), sources=str(tmp_path), offsets=70_000, recipes=names, **options)
-    *table, last = capsys.readouterr().out.splitlines()
+    COMMANDS["precision"](out=str(out), sources=str(tmp_path), offsets=(70_000,), recipes=names, **options)
+    [(table, printed)] = told
     assert [line.split()[0] for line in table[1:]] == ["ours", "bfloat16_table"]
-    assert json.loads(last)["recipes"]["bfloat16_table"]["table"] == "torch.bfloat16"
+    assert printed["recipes"]["bfloat16_table"]["table"] == "torch.bfloat16"
     with open(out / "precision.csv", newline="", encoding="utf-8") as file:
         rows = {(row["recipe"], row["metric"]): row for row in csv.DictReader(file)}
     assert len(rows) == 2 * 5

@@ -137,7 +137,7 @@ def test_effective_length_is_the_largest_whose_depths_together_reach_the_bar() -
 
 
 def test_command_leaves_a_table_its_making_and_a_picture(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, told: list[Any]
 ) -> None:
     sources = tmp_path / "code"
     sources.mkdir()
@@ -161,7 +161,8 @@ def test_command_leaves_a_table_its_making_and_a_picture(
     assert made_of["tokens_read"] < made_of["prompt_tokens"]
     assert "85.6%" in made_of["rule"]
     assert (tmp_path / "out" / "retrieval.png").read_bytes().startswith(b"\x89PNG")
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    [(table, last)] = told
+    assert f"effective length {made_of['effective_length']}: " in table[-2]
     assert last["effective_length"] == made_of["effective_length"]
     assert len(last["rows"]) == 4
 

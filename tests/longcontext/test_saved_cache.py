@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fixtures_text import ARGS, SLOTS, WEIGHTS, Spy, greedy
 from llama import checkpoint
-from llama.cli import chat, complete, infill
+from llama.chat import chat
 from llama.generation import Llama
 from llama.longcontext import saved_cache
 from llama.longcontext.int8_cache import int8_cache
 from llama.longcontext.saved_cache import digest, load_cache, save_cache
 from llama.model import Transformer
 from llama.parallel import start
+from llama.verbs import complete, infill
 from parallel.ranks import on_ranks
 
 PROMPT = [1, *range(300, 340)]
@@ -343,8 +344,7 @@ def test_commands_save_and_load(
     infill(str(tmp_path / "b.py"), max_gen_len=4, save_cache=str(tmp_path / "b"), **options)
     infill(str(tmp_path / "b.py"), max_gen_len=4, load_cache=str(tmp_path / "b"), **options)
     for lines in (["hello, is anybody there?"], ["hello, is anybody there?"]):
-        coming = iter(lines)
-        monkeypatch.setattr("builtins.input", lambda _="", coming=coming: next(coming, "/exit"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
         files = {"load_cache" if (tmp_path / "c").exists() else "save_cache": str(tmp_path / "c")}
         read.clear()
         chat(max_gen_len=4, **files, **options)

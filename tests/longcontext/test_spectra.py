@@ -155,16 +155,15 @@ def half_as_fast(head_dim, theta, length, *, factor, strength=2.0):
 
 
 def test_command_writes_a_table_a_record_and_a_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[Any]
 ) -> None:
     """And takes a scheme from a user's file."""
     monkeypatch.setitem(SPECTRA, "half_as_fast", default)  # so that it is taken out again
     del SPECTRA["half_as_fast"]
     (tmp_path / "my.py").write_text(MINE, encoding="utf-8")
-    schemes = f"default,{tmp_path / 'my.py'}:half_as_fast"
+    schemes = ("default", f"{tmp_path / 'my.py'}:half_as_fast")
     COMMANDS["spectra"](out=str(tmp_path / "out"), schemes=schemes, head_dim=16, trained=64, factor=2)
-    *table, last = capsys.readouterr().out.splitlines()
-    printed = json.loads(last)
+    [(table, printed)] = told
     assert (printed["measure"], printed["length"], printed["head_dim"]) == ("spectra", 128, 16)
     assert [line.split()[0].strip(",") for line in table[1:]] == ["default", "half_as_fast", "default"]
     with open(tmp_path / "out" / "spectra.csv", newline="", encoding="utf-8") as file:
@@ -183,6 +182,6 @@ def test_command_writes_a_table_a_record_and_a_picture(
 def test_command_takes_head_and_theta_of_a_checkpoint(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(out=str(tmp_path), schemes="default", ckpt_dir=str(tiny_checkpoint), other_thetas=())
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    command(out=str(tmp_path), schemes=("default",), ckpt_dir=str(tiny_checkpoint), other_thetas=(), json=True)
+    printed = json.loads(capsys.readouterr().out)
     assert (printed["head_dim"], printed["theta"]) == (8, 10_000.0)

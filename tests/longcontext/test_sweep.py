@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 import pytest
 import torch
 from torch import Tensor
 
 from fixtures_text import ARGS, WEIGHTS, training_texts
 from llama import parallel
+from llama.cli import dispatch
 from llama.evals.sources import File
 from llama.generation import Llama
 from llama.longcontext.sweep import CELLS, Sweep, command, draw, sweep, with_rope
@@ -256,9 +256,7 @@ def test_ranks_measure_together_and_rank_0_keeps_the_cells(tiny_checkpoint: Path
         assert not (tmp_path / "1").exists()
 
 
-def test_command_reads_its_words_and_leaves_its_files(
-    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_reads_its_words_and_leaves_its_files(tmp_path: Path, tiny_checkpoint: Path, told: list[Any]) -> None:
     pytest.importorskip("matplotlib")
     parallel.start()
     for file in FILES:
@@ -266,8 +264,8 @@ def test_command_reads_its_words_and_leaves_its_files(
     out = tmp_path / "out"
     words = f"--thetas 1e4,1e6 --factors 1,2 --schemes default,yarn,none --lengths 16,40 --documents 2 --out {out} "
     words += f"--sources {tmp_path} --ckpt_dir {tiny_checkpoint} --trained 16"
-    fire.Fire(command, words.split())
-    *table, last = capsys.readouterr().out.splitlines()
+    dispatch(command, words.split(), "sweep")
+    [(table, printed)] = told
     rows = list(csv.DictReader((out / "sweep.csv").open(encoding="utf-8")))
     schemes = [(r["scheme"], r["factor"]) for r in rows[:8:2]]
     assert schemes == [("default", ""), ("yarn", "1.0"), ("yarn", "2.0"), ("none", "")]
@@ -275,7 +273,7 @@ def test_command_reads_its_words_and_leaves_its_files(
     assert {(r["theta"], r["length"]) for r in rows} == places
     assert {r["n"] for r in rows} == {"2"}
     assert json.loads(rows[4]["rope_scaling"])["original_max_position_embeddings"] == 16
-    assert json.loads(last)["rows"][0]["value"] == float(rows[0]["value"])
+    assert printed["rows"][0]["value"] == float(rows[0]["value"])
     assert json.loads((out / "sweep.json").read_text(encoding="utf-8"))["trained"] == 16
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len(table) == 1 + 8

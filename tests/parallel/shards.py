@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from llama.config import ModelArgs
@@ -14,8 +17,16 @@ def part(name: str, whole: Tensor, rank: int, n: int, n_kv_heads: int) -> Tensor
     if ("wk" in name or "wv" in name) and n > n_kv_heads:
         heads = whole.unflatten(0, (n_kv_heads, -1)).repeat_interleave(n // n_kv_heads, 0)
         return heads[rank]
-    columns = any(short in name for short in ("tok_embeddings", "wo", "w2"))
-    return whole.tensor_split(n, 1 if columns else 0)[rank]
+    return whole.tensor_split(n, _cut(name))[rank]
+
+
+def whole(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """A parameter from all ranks' parts of it, which are no more than there are kv heads."""
+    return parts[0] if "norm" in name else torch.cat([*parts], _cut(name))
+
+
+def _cut(name: str) -> int:
+    return int(any(short in name for short in ("tok_embeddings", "wo", "w2")))
 
 
 def shard(weights: dict[str, Tensor], args: ModelArgs, rank: int, n: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from fixtures_text import training_texts
 from llama import parallel
 from llama.checkpoint import open_checkpoint
+from llama.cli import dispatch
 from llama.evals.cli import read_sources
 from llama.evals.sources import File, choose_files
 from llama.generation import EMBEDDED, Llama
@@ -98,19 +100,18 @@ def test_what_is_possible(tiny_checkpoint: Path) -> None:
 
 
 def test_command_writes(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.command(str(tiny_checkpoint), str(tmp_path / "it"), scheme="int4", group=32)
+    cli.command((str(tiny_checkpoint), str(tmp_path / "it")), scheme="int4", group=32)
     assert f"{tmp_path / 'it'}: written as int4:32" in capsys.readouterr().out
     assert str(Saved(tmp_path / "it").scheme) == "int4:32"
 
 
-def test_command_measures(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_measures(tiny_checkpoint: Path, tmp_path: Path, told: list[Any]) -> None:
     pytest.importorskip("matplotlib")
     for i, text in enumerate(training_texts()[:2]):
         (tmp_path / f"{i}.py").write_text(text, encoding="utf-8")
-    asked = {"sources": str(tmp_path), "tokens": 80, "max_seq_len": 48}
-    cli.command(report=str(tiny_checkpoint), schemes="int8,int4", out=str(tmp_path / "out"), **asked)  # type: ignore[arg-type]
-    *table, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
+    words = f"--report {tiny_checkpoint} --schemes int8,int4 --out {tmp_path / 'out'} --sources {tmp_path} --tokens 80"
+    dispatch(cli.command, [*words.split(), "--max_seq_len", "48"], "quantize")
+    [(table, found)] = told
     assert [row["scheme"] for row in found["rows"]] == ["bfloat16", "int8", "int4:32"]
     assert f"{found['rows'][2]['perplexity']:.4f}" in table[-1]
     assert found["rows"][0]["tokens"] == 160
@@ -122,21 +123,29 @@ def test_command_measures(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_flag_without_a_checkpoint_measures_the_embedded_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fire takes what follows the flag for its value, or gives it the word True."""
-    asked: list[list[str]] = []
-    monkeypatch.setattr(cli, "_report", lambda paths, *_: asked.append(paths))
-    cli.command(report="True")
-    cli.command("b", report="a")
-    assert asked == [[str(EMBEDDED)], ["a", "b"]]
+    asked: list[object] = []
+
+    def build(**options: object) -> None:
+        asked.append(options["ckpt_dir"])
+        raise KeyError
+
+    monkeypatch.setattr(cli, "build", build)
+    monkeypatch.setattr(cli, "read_sources", lambda sources: [])
+    for words in (["--report"], ["--report", "a", "b"], ["a", "b", "--report"]):
+        with pytest.raises(KeyError):
+            dispatch(cli.command, words, "quantize")
+    assert asked == [str(EMBEDDED), "a", "a"]
 
 
 def test_what_the_command_is_given_wrong(tiny_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="1 paths; give SRC and DST"):
-        cli.command(str(tiny_checkpoint))
+        cli.command((str(tiny_checkpoint),))
     with pytest.raises(ValueError, match="--max_seq_len goes with --report"):
-        cli.command("a", "b", max_seq_len=5)
+        cli.command(("a", "b"), max_seq_len=5)
     with pytest.raises(ValueError, match="there is no scheme 'int7'"):
-        cli.command("a", "b", scheme="int7")
+        cli.command(("a", "b"), scheme="int7")
+    with pytest.raises(ValueError, match="--dtype with --report"):
+        cli.command(report=True, dtype="float32")
 
 
 def test_picture_has_every_scheme() -> None:

@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setitem(STAGES, name, replace(stage, length=stage.length * 3 // 4, training=training))
         corpus = f"{folder}/corpus"
         COMMANDS["all"](f"{folder}/out", steps=2, device="cpu", shape="small", corpus=corpus)
-        COMMANDS["gaps"](f"{folder}/gaps", corpus, steps=2, files=2, shape="small")
+        COMMANDS["gaps"](f"{folder}/gaps", corpus=corpus, steps=2, files=2, shape="small")
         COMMANDS["report"](
             f"{folder}/out.training",
             out=f"{folder}/out",

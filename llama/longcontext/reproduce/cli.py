@@ -7,28 +7,26 @@ since models this small gain nothing from a second one.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import sys
-import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from json import dumps, loads
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from llama.evals.cli import read_sources
 from llama.evals.positions import loss_by_position
-from llama.evals.record import Record, commit, save_record
+from llama.evals.record import Record, begin, commit, drawable, save_record, tell
 from llama.evals.sources import File, choose_files
 from llama.evals.table import render
 from llama.generation import Llama
@@ -45,8 +43,9 @@ from llama.longcontext.reproduce.conditions import (
 from llama.longcontext.reproduce.figures import Measured, findings_of, pooled, tidy
 from llama.longcontext.reproduce.statements import AIMS, ORDERINGS, Verdict, judge
 from llama.longcontext.retrieval import retrieval_grid
+from llama.options import MaybeCount, MaybePath, Out, choice, folder
 from llama.system import replacing
-from llama.train.collection import TOTALS
+from llama.train.collection import TOTALS, whole_corpus
 from llama.train.corpus import Source, read_corpus
 from llama.train.loop import ALONE, TrainingConfig
 from llama.train.report import tables
@@ -104,7 +103,7 @@ class Work:
         """The start's length and theta."""
         if self.start is None:
             return self.preset.base_length, matched_theta(self.preset.base_length, PAPER_BASE)
-        result = json.loads((self.start / START / "result.json").read_text(encoding="utf-8"))
+        result = loads((self.start / START / "result.json").read_text(encoding="utf-8"))
         return result["length"], result["rope_theta"]
 
     @property
@@ -144,12 +143,12 @@ class Work:
 # The parts -----------------------------------------------------------------------------------------------------------
 
 
-def begin(work: Work) -> None:
+def begin_work(work: Work) -> None:
     """Settles in OUT what the parts share: the settings, the tokenizer, the files to measure on."""
-    settings = json.loads(json.dumps({"start": str(work.start), "corpus": work.corpus, **asdict(work.preset)}))
+    settings = loads(dumps({"start": str(work.start), "corpus": work.corpus, **asdict(work.preset)}))
     path = work.out / "settings.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = loads(path.read_text(encoding="utf-8"))
         differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if differing:
             said = "; ".join(f"{key} {found.get(key)}, not {settings.get(key)}" for key in differing)
@@ -161,8 +160,8 @@ def begin(work: Work) -> None:
     if not (work.out / "held_out.json").exists():
         held_out = run.sources(training=False) if run.files or run.corpus is None else read_sources(run.corpus)
         chosen = [{"path": source.path, "text": source.text} for source in choose_files(held_out, _FILES)]
-        _write(work.out / "held_out.json", json.dumps(chosen))
-    _write(path, json.dumps(settings, indent=1))
+        _write(work.out / "held_out.json", dumps(chosen))
+    _write(path, dumps(settings, indent=1))
 
 
 def do_part(work: Work, seed: int, part: str) -> bool:
@@ -249,7 +248,7 @@ def figures_of(work: Work, seed: int, condition: Condition) -> dict[str, Figures
         "lengths": lengths,
         "seed": seed,
     }
-    sources = [File(**file) for file in json.loads(held_out.read_text(encoding="utf-8"))]
+    sources = [File(**file) for file in loads(held_out.read_text(encoding="utf-8"))]
 
     def build() -> Llama:
         rope: dict[str, Any] = {"rope_theta": condition.rope_theta, "rope_scaling": condition.rope_scaling}
@@ -335,17 +334,18 @@ def report(work: Work, name: str, page: Path, started: float) -> list[Verdict]:
     measured = {c.name: [figures_of(work, seed, c) for seed in range(work.preset.seeds)] for c in listed}
     findings = findings_of(measured, work.base[0], work.tuned_length)
     aims, orderings = judge(findings, AIMS), judge(findings, ORDERINGS)
-    folder = page.with_suffix("")
-    pages.draw_keys({c.title: pooled(measured[c.name]) for c in listed}, folder / "retrieval.png")
-    pages.draw_losses(findings, listed, folder / "perplexity.png")
-    pages.draw_expectation(findings, listed, folder / "expectation.png")
+    pictures = page.with_suffix("")
+    if drawable():
+        pages.draw_keys({c.title: pooled(measured[c.name]) for c in listed}, pictures / "retrieval.png")
+        pages.draw_losses(findings, listed, pictures / "perplexity.png")
+        pages.draw_expectation(findings, listed, pictures / "expectation.png")
     minutes = _minutes(work, measured)
     pages.write(
         page,
         {
             "preset": name,
             "commit": commit(),
-            "folder": folder.name,
+            "folder": pictures.name,
             "origin": _origin(work),
             "parameters": _parameters(work),
             "base_length": findings.base_length,
@@ -399,7 +399,7 @@ def _minutes(work: Work, measured: Measured) -> dict[str, float]:
         trained.append(START)
     results = [work.run(seed).folder / name / "result.json" for seed in range(work.preset.seeds) for name in trained]
     seconds = sum(f["seconds"] for of_seeds in measured.values() for figures in of_seeds for f in figures.values())
-    training = sum(json.loads(path.read_text(encoding="utf-8"))["minutes"] for path in results)
+    training = sum(loads(path.read_text(encoding="utf-8"))["minutes"] for path in results)
     return {"training": training, "measuring": seconds / 60}
 
 
@@ -408,15 +408,15 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@SetParseFns(out=str, preset=str, run=str, corpus=str, page=str)  # type: ignore[untyped-decorator]
 def command(
     *,
-    out: str,
-    preset: str = "full",
-    run: str | None = None,
-    corpus: str | None = None,
-    processes: int | None = None,
-    page: str | None = None,
+    out: Out,
+    preset: Annotated[str, choice(PRESETS)] = "full",
+    run: MaybePath = None,
+    corpus: MaybePath = None,
+    processes: MaybeCount = None,
+    page: MaybePath = None,
+    json: bool = False,
 ) -> None:
     """The paper's long-context ablation in miniature: trains, fine-tunes, measures, and writes a page about it.
 
@@ -425,34 +425,27 @@ def command(
     Args:
         out: a folder for all it makes; OUT/reproduce.csv and .json have the figures.
         preset: full (within an hour on two free cores), or smoke (a minute, to see whether it works).
-        run: a folder of `codellama train` whose base stage is to be the start (default: a start is trained).
-        corpus: a folder made by `codellama train corpus` (default: the run's, or the standard library).
-        processes: parts done side by side, each on one thread (default: as many as cores and seeds).
-        page: the Markdown file to write; pictures go beside it (default: OUT/page.md).
+        run: a folder of `codellama train` whose base stage is to be the start (none: a start is trained).
+        corpus: a folder made by `codellama train corpus` (none: the run's, or the standard library).
+        processes: parts done side by side, each on one thread (none: as many as cores and seeds).
+        page: the Markdown file to write; pictures go beside it (none: OUT/page.md).
+        json: print JSON instead of the table.
     """
-    started = time.monotonic()
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this command starts processes of its own: give it without torchrun, with --processes N")
     start = None if run is None else Path(run)
     if start is not None and not (start / START / "result.json").is_file():
         raise ValueError(f"{start} has no finished stage {START}: give the folder that `codellama train` calls --work")
-    if corpus is not None and not Path(corpus, TOTALS).is_file():
-        raise ValueError(f"{corpus} holds no whole corpus; make one with `codellama train corpus {corpus}`")
-    chosen = PRESETS[preset]
-    count = processes or min(os.cpu_count() or 1, chosen.seeds)
-    if count < 1:
-        raise ValueError(f"{processes} processes; give at least 1")
-    work = Work(Path(out), chosen, start, corpus)
-    begin(work)
-    if not do_all(work, count):
-        print(f"Stopped; the same command continues in {out}.")
-        return
+    whole_corpus(corpus)
     place = Path(out, "page.md") if page is None else Path(page)
+    folder(str(place.parent))
+    started, chosen = begin(out), PRESETS[preset]
+    work = Work(Path(out), chosen, start, corpus)
+    begin_work(work)
+    if not do_all(work, processes or min(os.cpu_count() or 1, chosen.seeds)):
+        print(f"Stopped; the same command continues in {out}.", file=sys.stderr)
+        return
     found = report(work, preset, place, started)
-    rows = [(v.text, v.here, v.word.strip("*")) for v in found]
-    print(render(("statement", "here", "holds"), rows))
-    print(
-        json.dumps({"measure": "reproduce", "out": out, "page": str(place), "statements": [asdict(v) for v in found]})
-    )
+    table = render(("statement", "here", "holds"), [(v.text, v.here, v.word.strip("*")) for v in found])
+    values = {"measure": "reproduce", "out": out, "page": str(place), "statements": [asdict(v) for v in found]}
+    tell(table, values, json)

@@ -14,13 +14,18 @@ from llama.system import replacing
 _BLOCK = re.compile(r"(?P<open><!-- report: (?P<name>[\w-]+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 
 
+def require(path: Path) -> None:
+    """ValueError where there is no chapter."""
+    if not path.is_file():
+        raise ValueError(f"there is no chapter {path}; give a Markdown file with lines `<!-- report: NAME -->`")
+
+
 def fill(path: Path, blocks: dict[str, str]) -> None:
     """Replaces the text of every block in a Markdown file.
 
     Raises ValueError for a name that `blocks` lacks, and where there is no block at all: the file is then unchanged.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no chapter {path}; give a Markdown file with lines `<!-- report: NAME -->`")
+    require(path)
     text = path.read_text(encoding="utf-8")
     names = [match["name"] for match in _BLOCK.finditer(text)]
     unknown = sorted(set(names) - set(blocks))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from fire.decorators import SetParseFns
+from typing import Annotated, Any
 
 from llama.evals.compression import Compression, compression, xz_bits
 from llama.evals.functions import complete_functions
@@ -18,10 +17,12 @@ from llama.evals.instructions import answer_dialogs
 from llama.evals.intervals import ratio, share
 from llama.evals.lines import Order, infill_lines
 from llama.evals.positions import loss_by_position
+from llama.evals.record import begin, drawable
 from llama.evals.retrieval import DEPTHS, Retrieval, retrieval
 from llama.evals.sources import Source, choose, choose_files
 from llama.front import load
 from llama.generation import Llama
+from llama.options import Count, MaybeOut, MaybePath, Out, Positional, Seed, choice, spec
 from llama.prompts import Dialog, Message
 from llama.train.card import write_card
 from llama.train.collection import read_documents
@@ -30,7 +31,7 @@ from llama.train.loop import Workers
 from llama.train.report import chapter as chapters
 from llama.train.report import plots, tables
 from llama.train.report.measurements import Figures, Measurement, measure
-from llama.train.stages import STAGES, Result, Run, read_run, results, start_run, train_stage
+from llama.train.stages import SHAPES, STAGES, Result, Run, read_run, results, start_run, train_stage
 from llama.train.tokenfile import digest
 
 ROWS = 16
@@ -55,13 +56,13 @@ class Amounts:
 QUICK = Amounts(4, 4, 4, 4, 2, 1, 4)
 
 
-@SetParseFns(work=str, corpus=str, out=str, chapter=str, gaps=str)  # type: ignore[untyped-decorator]
 def report(
-    work: str,
-    corpus: str | None = None,
-    out: str | None = None,
-    chapter: str | None = None,
-    gaps: str | None = None,
+    work: Positional[str],
+    *,
+    corpus: MaybePath = None,
+    out: MaybeOut = None,
+    chapter: MaybePath = None,
+    gaps: MaybePath = None,
     quick: bool = False,
 ) -> None:
     """Measures every finished stage of a run on packages that were held out, and writes what came of it.
@@ -70,13 +71,19 @@ def report(
 
     Args:
         work: the run's folder, that is OUT.training.
-        corpus: the corpus's folder (default: as the run has it).
+        corpus: the corpus's folder (none: as the run has it).
         out: a folder with the last stage's checkpoint, whose MODEL_CARD.md is to be written anew.
         chapter: a Markdown file whose blocks `<!-- report: … -->` are to be filled; pictures go into a folder beside
             it, of its name without .md.
         gaps: what `codellama train gaps` left, for its table.
         quick: a handful of samples, to see whether it works.
     """
+    if not Path(work, "run.json").is_file():
+        raise ValueError(f"{work} holds no run: give the folder that `codellama train` calls --work, OUT.training")
+    cost = _read_gaps(gaps)
+    if chapter is not None:
+        chapters.require(Path(chapter))
+        begin(Path(chapter).with_suffix(""))
     run = read_run(Path(work))
     finished = results(run)
     source = corpus or run.corpus
@@ -88,12 +95,13 @@ def report(
     held_out = list(read_documents(source, "heldout"))
     stages: tables.Stages = {}
     for measurement in measurements(run, finished, held_out, digest(Path(source, "corpus.json")), quick):
-        print(f"{measurement.stage}: {measurement.name}", flush=True)
+        print(f"{measurement.stage}: {measurement.name}", file=sys.stderr, flush=True)
         found = measure(measurement, run.folder / "report")
         stages.setdefault(measurement.stage, {})[measurement.name] = found
-    blocks = describe(run, finished, stages, _read_gaps(gaps))
+    blocks = describe(run, finished, stages, cost)
     if chapter is not None:
-        draw(run, stages, Path(chapter).with_suffix(""))
+        if drawable():
+            draw(run, stages, Path(chapter).with_suffix(""))
         chapters.fill(Path(chapter), blocks)
     if out is not None:
         write_card(Path(out, "MODEL_CARD.md"), run, finished, _MEASURED.format(**blocks))
@@ -275,8 +283,15 @@ def draw(run: Run, stages: tables.Stages, folder: Path) -> None:
     plots.packages(stages[last]["compression"], folder / "packages.png")
 
 
-@SetParseFns(out=str, corpus=str, shape=str)  # type: ignore[untyped-decorator]
-def gaps(out: str, corpus: str, steps: int = 500, files: int = 100, shape: str | None = None, seed: int = 0) -> None:
+def gaps(
+    out: Positional[Out],
+    *,
+    corpus: Annotated[str, spec("PATH", str)],
+    steps: Count = 500,
+    files: Count = 100,
+    shape: Annotated[str | None, choice(SHAPES)] = None,
+    seed: Seed = 0,
+) -> None:
     """What it costs to learn to fill gaps: stage base twice, without and with them, on as many tokens; on the CPU.
 
     Bits per byte are of whole held-out files, plain, in windows as long as the rows; the interval of the ratio is over
@@ -287,7 +302,7 @@ def gaps(out: str, corpus: str, steps: int = 500, files: int = 100, shape: str |
         corpus: a folder made by `codellama train corpus`.
         steps: of each.
         files: how many held-out files to measure on.
-        shape: the model's (default: the table's).
+        shape: the model's size (none: that of `codellama train all`).
         seed: of weights, gaps and order.
     """
     held_out = choose_files(list(read_documents(corpus, "heldout")), files)
@@ -296,7 +311,7 @@ def gaps(out: str, corpus: str, steps: int = 500, files: int = 100, shape: str |
     for name, stage in (("without gaps", "plain"), ("with gaps", "base")):
         run = start_run(Path(out, stage), shape, seed, corpus)
         if not train_stage(STAGES[stage], run, steps=steps, workers=Workers()):
-            print(f"Stopped; the same command continues the runs in {out}.")
+            print(f"Stopped; the same command continues the runs in {out}.", file=sys.stderr)
             return
         (result,) = results(run)
         llama = Llama.build(
