@@ -5,17 +5,25 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ["fastapi>=0.132", "uvicorn>=0.30", "pydantic>=2.6", "prometheus-client>=0.20", "h11>=0.14"]
+TRACING = ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"]
 EXTRAS = {
     # Training a checkpoint: the tokenizer's model file is edited through its protocol buffer.
     "train": ["protobuf>=4"],
     # The picture of a training run.
     "plot": ["matplotlib>=3.8"],
     # Checkpoints in Hugging Face's format, and from its hub.
-    "hf": ["safetensors>=0.4", "huggingface_hub>=0.23"],
+    "hf": ["safetensors>=0.4", "huggingface_hub>=0.23", "tokenizers>=0.19", "jinja2>=3.1", "protobuf>=4"],
     # GGUF files, and the tokenizers in them.
-    "gguf": ["gguf>=0.10", "protobuf>=4"],
+    "gguf": ["gguf>=0.10", "protobuf>=4", "tokenizers>=0.19", "jinja2>=3.1"],
     # 4-bit weights in the published ecosystem's own format.
     "bnb": ["bitsandbytes>=0.46"],
+    # A server of OpenAI's, TGI's, llama.cpp's and Ollama's APIs, and its metrics.
+    "serve": SERVE,
+    # Answers of a given form: JSON by a schema, regular expressions, grammars.
+    "grammar": ["llguidance>=1.9"],
+    # A trace of each request.
+    "tracing": TRACING,
     # Tests: independent implementations to compare with, and what .ci/run checks with.
     "test": [
         "protobuf>=4",
@@ -27,6 +35,14 @@ EXTRAS = {
         "huggingface_hub>=0.23",
         "gguf>=0.10",
         "accelerate>=1",  # transformers reads GGUF files with it
+        *SERVE,
+        *TRACING,
+        "llguidance>=1.9",
+        "openai>=1.40",
+        "ollama>=0.3",
+        "httpx>=0.27",
+        "schemathesis>=4",
+        "selenium>=4.20",  # the page, in a real Chromium
         "ruff>=0.9",
         "mypy>=1.18",
     ],
@@ -48,7 +64,18 @@ setup(
     # With it `pip install -e .` writes a path, which type checkers and editors follow; without it, an import
     # hook, which none of them runs.
     package_dir={"": "."},
-    package_data={"llama": ["py.typed", "assets/tiny/*", "*/README.md", "train/packages.tsv", "kernels/*.[ch]*"]},
+    package_data={
+        "llama": [
+            "py.typed",
+            "assets/tiny/*",
+            "*/README.md",
+            "train/packages.tsv",
+            "train/exercises/*.txt",
+            "train/exercises/classics/*.txt",
+            "kernels/*.[ch]*",
+            "serve/page/*",
+        ]
+    },
     install_requires=[
         "torch>=2.6,<2.14",
         "sentencepiece>=0.2",

@@ -94,25 +94,31 @@ class Chat:
         """Forgets the conversation, but not the system message."""
         self._keep([])
         self.files, self.cut = "", False
+        self._note("the conversation begins anew")
 
     def undo(self, argument: str, contents: str) -> None:
         """Takes back the last message and its answer."""
         if not self.messages:
             raise ValueError("there is nothing to take back")
+        taken = self.messages[-2]["content"].partition("\n")[0]
         self._keep(self.messages[:-2])
         self.cut = False
+        self._note(f"taken back: {taken:.60}")
 
     def retry(self, argument: str, contents: str) -> None:
         """Answers the last message once more, with another seed."""
         if not self.messages:
             raise ValueError("there is no message to answer")
         self.tries += 1
+        if not self.sampled.temperature:
+            self._note("temperature is 0, so the answer is the same: /set temperature 0.5")
         self._ask(self.messages[:-1])
 
     def go_on(self, argument: str, contents: str) -> None:
         """Goes on with an answer that was cut."""
         if not self.cut:
-            raise ValueError("the last answer came to its end by itself; /retry answers once more")
+            last = "the last answer came to its end by itself; /retry answers once more"
+            raise ValueError(last if self.messages else "there is no answer to go on with")
         self._ask(self.messages[:-1], self.messages[-1]["content"])
 
     def set_system(self, argument: str, contents: str) -> None:
@@ -124,8 +130,10 @@ class Chat:
         """Sets temperature, top_p, top_k, max_gen_len or seed; alone, shows them."""
         name, _, value = argument.partition(" ")
         if argument:
-            if name not in RANGES or not value:
-                raise ValueError(f"give a name and a value{nearest(name, list(RANGES))} (/set temperature 0.5)")
+            if name not in RANGES:
+                raise ValueError(f"there is no {name}{nearest(name, list(RANGES))} (there are {', '.join(RANGES)})")
+            if not value:
+                raise ValueError(f"give a value as well: /set {name} {getattr(self.sampled, name)}")
             unset = name == "top_k" and value in ("none", "None")
             try:
                 setattr(self.sampled, name, None if unset else number(value.strip(), RANGES[name]))
@@ -146,11 +154,16 @@ class Chat:
         if self.writer.leads:
             from llama.system import replacing
 
+            path = Path(argument).expanduser()
+            if not path.absolute().parent.is_dir():
+                self._note(f"{argument} can't be written: there is no folder {path.parent}")
+                return
+            done = "replaced" if path.exists() else "written"
             talk = {"system": self.system, "messages": self.messages, "settings": asdict(self.sampled)}
             try:
-                with replacing(Path(argument).expanduser()) as temporary:
+                with replacing(path) as temporary:
                     temporary.write_text(json.dumps(talk, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                self._note(f"{argument}: {len(self.messages)} messages")
+                self._note(f"{argument}: {done}, {len(self.messages)} messages")
             except OSError as error:
                 self._note(f"{argument} can't be written ({error.strerror})")
 
@@ -167,7 +180,7 @@ class Chat:
         if not whole:
             raise ValueError(f"{argument} is no conversation: give a file that /save wrote")
         self.system = talk.get("system")
-        self.cut = False
+        self.files, self.cut = "", False
         self._keep(messages)
         self._note(f"{argument}: {len(messages)} messages")
 
@@ -323,8 +336,8 @@ def chat(
 ) -> None:
     r"""A conversation. /help lists its commands; Ctrl-C stops an answer, Ctrl-D or /exit ends.
 
-    Through a pipe each line is a message, and several lines between \"\"\" are one. (Under torchrun, Ctrl-C reaches the
-    launcher, which ends all ranks.)
+    Through a pipe each line is a message, and several lines between triple quotes are one. (Under torchrun, Ctrl-C
+    reaches the launcher, which ends all ranks.)
 
     Args:
         system: a system message.
@@ -353,6 +366,8 @@ def chat(
             writer = Model(llama)
         conversation = Chat(writer, sampled, system)
         reader: Reader = Terminal(list(ACTS)) if is_terminal() else Lines()
+        if is_terminal():
+            note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
         first: Act | None = ("/load", talk, saved) if talk is not None else None
         while (act := writer.agree(first or (next_act(reader) if writer.leads else None))) is not None:
             first = None

@@ -12,8 +12,6 @@ import dataclasses
 import importlib
 import json
 import os
-import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +26,7 @@ from llama.errors import CheckpointError
 from llama.model import Transformer
 from llama.parallel import Ranks, share
 from llama.rope import spectrum
-from llama.system import open_shard, read_params, read_plain, readable, require_memory, some_of
+from llama.system import appearing_whole, open_shards, read_params, read_plain, readable, require_memory, some_of
 
 CUT: dict[str, int | None] = {
     "tok_embeddings": 1,  # the hidden dimension, unlike Llama 3
@@ -106,22 +104,26 @@ FORMATS = {
     "config.json": "llama.interop.huggingface",
     ".gguf": "llama.interop.gguf",
     "quantization": "llama.quantize.saved",
+    "anything else": "llama.interop.found",
 }
 """What else a checkpoint may be, by a file of its folder, by its own ending, or by an entry of its params.json, and the
-module whose `open_weights` reads it. Such a module is imported when it is wanted."""
+module whose `open_weights` reads it; the last one is asked about what has none of these. Such a module is imported when
+it is wanted."""
 
 
 @readable()
 def open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> Weights:
     """A checkpoint of any format, opened but not read. Raises CheckpointError as `Checkpoint` does."""
-    path = Path(ckpt_dir)
+    path = Path(ckpt_dir).expanduser()
     params = path / "params.json"
     entries = read_params(params) if params.is_file() else {}
-    for mark, module in FORMATS.items():
-        if mark in entries or (not entries and (path.suffix == mark or (path / mark).is_file())):
-            weights: Weights = importlib.import_module(module).open_weights(path)
-            return weights
-    return Checkpoint(path)
+    other = "" if entries else "anything else"
+    for mark in FORMATS:
+        if mark in entries or (not entries and (path.suffix.lower() == mark or (path / mark).is_file())):
+            other = mark
+            break
+    weights: Weights = importlib.import_module(FORMATS[other]).open_weights(path) if other else Checkpoint(path)
+    return weights
 
 
 class Checkpoint:
@@ -136,15 +138,7 @@ class Checkpoint:
         if not self.path.is_dir():
             raise CheckpointError(f"there is no folder {self.path}; pass --ckpt_dir with the folder of the checkpoint")
         self.params = read_params(self.path / "params.json")
-        self._paths = _shard_paths(self.path)
-        self._shards = [open_shard(path) for path in self._paths]
-        keys: list[set[str]] = [set(shard) for shard in self._shards]
-        if any(other != keys[0] for other in keys):
-            differing = sorted(keys[0].union(*keys) - keys[0].intersection(*keys))
-            raise CheckpointError(
-                f"the {len(keys)} shards in {self.path} hold different tensors ({some_of(differing)}): they belong to "
-                "different checkpoints; download all of them again"
-            )
+        self._paths, self._shards = open_shards(self.path)
 
     @property
     def n_shards(self) -> int:
@@ -152,6 +146,9 @@ class Checkpoint:
 
     @property
     def tokenizer_path(self) -> Path:
+        if (self.path / "tokenizer_config.json").is_file():  # where tokenizer.model doesn't say everything
+            own: Path = importlib.import_module(FORMATS["anything else"]).tokenizer_path(self.path)
+            return own
         return self.path / "tokenizer.model"
 
     def names(self) -> list[str]:
@@ -205,20 +202,6 @@ def check_sizes(args: ModelArgs, names: Iterable[str], dim: int) -> None:
     spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
 
 
-@readable()
-def _shard_paths(folder: Path) -> list[Path]:
-    """consolidated.00.pth, consolidated.01.pth … without a gap. Other files in the folder are none of ours."""
-    found = {path.name for path in folder.iterdir()}
-    count = sum(bool(re.fullmatch(r"consolidated\.\d\d+\.pth", name)) for name in found)
-    if not count:
-        raise CheckpointError(f"{folder} holds no consolidated.00.pth: pass the folder that has the *.pth files in it")
-    names = [f"consolidated.{number:02d}.pth" for number in range(count)]
-    missing = some_of(sorted(set(names) - found))
-    if missing:
-        raise CheckpointError(f"{folder} has {count} shards, but lacks {missing}: download it, or remove the odd one")
-    return [folder / name for name in names]
-
-
 def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dtype) -> None:
     """Gives a model made on the meta device this rank's weights, in `dtype` on the rank's device.
 
@@ -247,8 +230,8 @@ def load(model: Transformer, checkpoint: Weights, ranks: Ranks, dtype: torch.dty
     problems += [f"of another shape: {some_of(misshapen)}"] if misshapen else []
     if problems:
         raise CheckpointError(
-            f"the tensors in {checkpoint.path} are not those that its params.json describes; {'; '.join(problems)}. "
-            "Use the params.json that came with these shards"
+            f"the tensors in {checkpoint.path} are not those that its sizes describe; {'; '.join(problems)}. "
+            "Take sizes and weights from the same checkpoint"
         )
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False)
@@ -279,14 +262,10 @@ def save(
     stale = [path.name for path in target.glob("consolidated.*.pth")] if target.is_dir() else []
     if set(stale) - {f"consolidated.{i:02d}.pth" for i in range(n_shards)}:
         raise ValueError(f"{target} holds a checkpoint in {len(stale)} shards; choose another folder, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        (Path(scratch) / "params.json").write_text(json.dumps(args.to_params(), indent=1) + "\n", encoding="utf-8")
+    with appearing_whole(target) as scratch:
+        (scratch / "params.json").write_text(json.dumps(args.to_params(), indent=1) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
-            (Path(scratch) / "tokenizer.model").write_bytes(read_plain(Path(tokenizer_path)))
+            (scratch / "tokenizer.model").write_bytes(read_plain(Path(tokenizer_path)))
         for i, shard in enumerate(split(weights, args, n_shards)):
             own = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in shard.items()}
-            torch.save(own, Path(scratch) / f"consolidated.{i:02d}.pth")
-        target.mkdir(exist_ok=True)
-        for written in sorted(Path(scratch).iterdir()):
-            os.replace(written, target / written.name)
+            torch.save(own, scratch / f"consolidated.{i:02d}.pth")

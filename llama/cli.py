@@ -43,31 +43,40 @@ VERBS = {
     "convert": ("llama.interop.convert:command", "Rewrites a checkpoint in another format or number of shards."),
     "quantize": ("llama.quantize.cli:command", "Rewrites a checkpoint in 8 or 4 bits, or reports what that loses."),
     "bench": ("llama.bench.cli:command", "Measures speed and memory, beside the machine's limits and transformers."),
+    "bench serve": ("llama.serve.load:command", "Measures a server of OpenAI's API under load."),
+    "plan serve": ("llama.serve.simulate:command", "How many replicas hold a load, by simulating the scheduler."),
     "evals": ("llama.evals.cli:COMMANDS", "Measures a checkpoint: bits per byte, completions, infilling, retrieval."),
     "longcontext": ("llama.longcontext.cli:COMMANDS", "RoPE schemes and long contexts: perplexity, sweeps, retrieval."),
     "train": ("llama.train.cli:COMMANDS", "Trains a small checkpoint."),
-    "completion": ("llama.cli:completion", "Prints a script by which a shell completes these commands."),
+    "shell_completion": ("llama.cli:shell_completion", "Prints a script by which a shell completes these commands."),
 }
 """Where each verb's function, or table of functions, is, and what it does. A room is imported when it is asked for."""
 
 
-def completion(shell: Positional[typing.Literal["bash", "zsh", "tcsh"]]) -> None:
+def shell_completion(shell: Positional[typing.Literal["bash", "zsh", "tcsh"]]) -> None:
     """Prints a script for SHELL that completes verbs and options.
 
-    codellama completion bash > ~/.local/share/bash-completion/completions/codellama
+    codellama shell_completion bash > ~/.local/share/bash-completion/completions/codellama
 
     Args:
         shell: bash, zsh or tcsh.
     """
-    import tyro
+    from tyro import conf, extras
 
-    every: dict[str, Command] = {}
+    every = extras.SubcommandApp()
     for verb, (place, _) in VERBS.items():
+        if " " in verb:
+            continue  # bench and plan are verbs by themselves, which a shell can't tell from tables
         found = _found(place)
-        inner = found.items() if isinstance(found, Mapping) else [("", found)]
-        every |= {f"{verb} {name}".strip(): command for name, command in inner}
-    words, config = ["--tyro-print-completion", shell], (tyro.conf.OmitArgPrefixes,)
-    tyro.extras.subcommand_cli_from_dict(every, prog="codellama", args=words, use_underscores=True, config=config)
+        if callable(found):
+            every.command(name=verb)(found)
+        else:
+            inner = extras.SubcommandApp()
+            for name, command in found.items():
+                inner.command(name=name)(command)
+            every.command(inner, name=verb)
+    words = ["--tyro-print-completion", shell]
+    every.cli(prog="codellama", args=words, use_underscores=True, config=(conf.OmitArgPrefixes,))
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -107,9 +116,12 @@ def dispatch(found: str | Command | Mapping[str, Any], words: Sequence[str], nam
         found(*arguments, **options)
         return
     word = words[0] if words else "--help"
-    if word in found:
+    both = " ".join(words[:2])
+    if both in found:
+        dispatch(found[both], words[2:], f"{name} {both}")
+    elif word in found:
         dispatch(found[word], words[1:], f"{name} {word}")
-    elif word in ("-h", "--help"):
+    elif word in ("-h", "--help", "help"):
         _print_table(found, name)
     elif word in ("-V", "--version") and name == "codellama":
         print(f"codellama {__version__}" if leads() else "", end="\n" if leads() else "")
@@ -128,9 +140,17 @@ def parse(command: Command, words: Sequence[str], name: str) -> tuple[tuple[Any,
 
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
     words = respelled(command, words)
-    found: tuple[tuple[Any, ...], dict[str, Any]] = tyro.cli(
-        given, args=words, prog=name, use_underscores=True, console_outputs=leads(), config=config
-    )
+    text = "".join(f" {word}" for word in words[words.index("--") + 1 :]) if "--" in words else ""
+    try:
+        found: tuple[tuple[Any, ...], dict[str, Any]] = tyro.cli(
+            given, args=words, prog=name, use_underscores=True, console_outputs=leads(), config=config
+        )
+    except SystemExit as end:
+        if end.code and " --" in text:
+            print_alone("What follows -- is text: options stand before it.")
+        elif end.code and any(word.startswith("-") and " " in word for word in words):
+            print_alone(f"A text that begins with a hyphen stands at the end, after --: {name} [OPTIONS] -- TEXT")
+        raise
     return found
 
 

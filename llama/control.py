@@ -6,6 +6,7 @@ nobody does: so every rank shows that it lives. Nothing here knows what a Llama 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -44,8 +45,9 @@ def is_loss(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block, on which other ranks count. In the main thread; others don't get it."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C waits for the end of this block, which would leave half of something. In the main thread; others don't get
+    it. Not where the program around Python (R, say) handles it, whose handler could not be put back."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     pressed: list[object] = []
@@ -54,8 +56,8 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+        if pressed:
+            signal.raise_signal(signal.SIGINT)  # for whoever handled it before: a block around this one, or the program
 
 
 @contextlib.contextmanager
@@ -85,6 +87,14 @@ def start_alone() -> None:
             devices=["cpu", "cuda", "mps"],
         )
     dist.init_process_group("alone", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def start_together(backend: str, init_method: str | None, timeout: float, world_size: int, rank: int) -> None:
+    """torch.distributed for several processes."""
+    dist.init_process_group(backend, init_method, timedelta(seconds=timeout), world_size, rank)
+    # gloo's threads let go of the last message a little later than we do, and need Python for it: a process that ended
+    # first would be aborted (SIGABRT) in one of some twenty runs.
+    atexit.register(time.sleep, 0.05)
 
 
 class Silence(io.TextIOWrapper):

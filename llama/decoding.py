@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from llama.arguments import checked
+from llama.control import uninterrupted
 from llama.errors import LostRank, NotFinite, PromptTooLong, QueueFull
 from llama.lookup import agreeing
 from llama.model import Transformer
@@ -63,8 +64,8 @@ class Loop:
         self._waiting: deque[Request] = deque()
         self._batch: tuple[list[Request], Batch] | None = None
         self._changed, self._process = threading.Condition(), os.getpid()
-        self._turn, self._others = threading.Lock(), 0  # held by the thread in a step; how many wait for it
-        self._stepper, self._someone_leaves = 0, False
+        self._stepper: tuple[int, int] | None = None  # the process and the thread in a step
+        self._someone_leaves, self._failed, self._seats = False, False, 0  # failed: the last step raised an error
         self._lost: LostRank | None = None
 
     # For callers -----------------------------------------------------------------------------------------------------
@@ -77,7 +78,8 @@ class Loop:
         for name, ids in ((f"prompt {row}", tokens), ("logit_bias", request.sampling.logit_bias or ())):
             if not all(0 <= token < args.vocab_size for token in ids):
                 raise ValueError(f"{name} has ids outside 0 to {args.vocab_size - 1}, the model's vocabulary")
-        checked("logprobs", request.logprobs or 0, (int, "at least", 0, args.vocab_size))
+        most = args.vocab_size
+        request.logprobs = request.logprobs and checked("logprobs", request.logprobs, (int, "at least", 0, most))
 
     def join(self, request: Request) -> None:
         """Puts a request into the queue. Raises QueueFull where there is no place in it, and ValueError as `check`."""
@@ -96,10 +98,10 @@ class Loop:
         for request in requests:
             request.leaving = not request.gone
         self._someone_leaves = True
-        while self.ranks.world_size > 1 and any(request.leaving and not request.gone for request in requests):
+        in_step = self._stepper == (os.getpid(), threading.get_ident())  # where a dropped stream may be closed
+        later = self._failed or in_step or self.ranks.world_size == 1
+        while not later and any(request.leaving and not request.gone for request in requests):
             # Rank 0 tells the others now, since they wait for nothing else; they go on until rank 0 leaves as well.
-            if self._lost is not None or self._stepper == threading.get_ident():
-                break
             self.step()
 
     def run(self, requests: Sequence[Request]) -> Generator[Event, None, None]:
@@ -125,50 +127,47 @@ class Loop:
                     running -= event.finish_reason is not None
                     yield event
         finally:
-            self.leave(*(request for request in requests if not request.gone and request not in coming))
+            with suppress(LostRank):  # the next step says so; here something else may be on its way
+                self.leave(*(request for request in requests if not request.gone and request not in coming))
 
     def step(self, inbox: deque[Event | None] | None = None) -> None:
         """Moves everything on by one. With an `inbox`, returns as soon as something is in it."""
-        if os.getpid() != self._process and torch.get_num_threads() > 1:
+        me = os.getpid(), threading.get_ident()
+        if (me[0] != self._process and torch.get_num_threads() > 1) or (self._stepper or me)[0] != me[0]:
             remedy = "build in this one, start it by 'spawn', or call torch.set_num_threads(1) in it"
             raise ValueError(f"this process was forked from one that built the Llama, whose threads it lacks: {remedy}")
         if self._lost is not None:
             raise self._lost
-        if self._stepper == threading.get_ident():
-            return  # a stream that was dropped, and is closed in the middle of a step
-        if not (mine := self._turn.acquire(blocking=False)):
-            with self._changed:
-                self._others += 1
-                while not (inbox or (mine := self._turn.acquire(blocking=False))):
-                    self._changed.wait()
-                self._others -= 1
-        if not mine:
-            return
-        self._stepper = threading.get_ident()
+        if self._stepper == me:
+            raise ValueError("`allowed` asks the Llama whose step it is part of: ask before, or ask another Llama")
         try:
+            with self._changed:
+                while self._stepper and not inbox:
+                    self._changed.wait(1)  # or less: an interrupt may come before the end of a step is told
+                if self._stepper or inbox:
+                    return
+                self._stepper, self._failed = me, False
             with self.ranks.undisturbed(), torch.inference_mode():
-                if self._admit():
-                    decoding = self._gather(lambda request: request.unread == 1)
+                if (decoding := self._admit()) is not None:
                     if decoding < len(self._rows):
                         self._read(decoding)
                     if decoding:
                         self._decode(decoding)
-        except BaseException as error:
-            self._batch = None  # it may have counted a token that nobody took
-            self._lost = error if isinstance(error, LostRank) else None
+        except Exception as error:
+            self._failed, self._lost = True, error if isinstance(error, LostRank) else None
             raise
         finally:
-            self._stepper = 0
-            self._turn.release()
-            if self._others:
+            if self._stepper == me:
+                self._stepper = None
                 with self._changed:
                     self._changed.notify_all()
 
     # Who has which row -----------------------------------------------------------------------------------------------
 
-    def _admit(self) -> bool:
-        """Takes out what ended or leaves, and gives free rows to those that wait. False where nothing is left to do in
-        this step: where others must hear first that somebody left, too."""
+    @uninterrupted()
+    def _admit(self) -> int | None:
+        """Takes out what ended or leaves, and gives free rows to those that wait. Returns how many decode; None where
+        nothing is left to do in this step: where others must hear first that somebody left, too."""
         cache = self.model.own_cache()
         for request in self._rows[cache.rows :]:  # another cache, with fewer rows
             request.held = []
@@ -176,8 +175,7 @@ class Loop:
         del self._rows[cache.rows :]
         for row, request in enumerate(self._rows):
             if cache.tokens[row] is not request.held:  # another cache, or another's tokens
-                del cache.tokens[row][agreeing(cache.tokens[row], request.tokens) :]
-                request.held = cache.tokens[row]
+                request.held = cache.tokens[row] = []
             del request.held[len(request.tokens) - 1 :]  # an interrupted step had read the last token, too
         if any(request.gone for request in self._rows):
             del self._rows[self._gather(lambda request: not request.gone) :]
@@ -189,18 +187,16 @@ class Loop:
             gone.inbox.append(None)
         if joining:
             self._seat(joining)
-        return bool(self._rows) and not left
+        return self._gather(lambda request: request.unread == 1) if self._rows and not left else None
 
     def _decided(self) -> tuple[list[Request | None], list[Request | None]]:
         """Of rank 0: who leaves, and who gets a row."""
-        left: list[Request] = []
         joining: list[Request] = []
         if not (self._waiting or self._someone_leaves):
             return [], []
         with self._changed:
-            if self._someone_leaves:
-                self._someone_leaves = False
-                left = [request for request in (*self._rows, *self._waiting) if request.leaving]
+            leaves, self._someone_leaves = self._someone_leaves, False
+            left = [request for request in (*self._rows, *self._waiting) if request.leaving] if leaves else []
             free = 0 if left else self.model.own_cache().rows - len(self._rows)
             for request in islice(self._waiting, 4 * free):
                 if len(joining) < free and not self._is_read_for_another(request, joining):
@@ -244,21 +240,21 @@ class Loop:
     def _seat(self, joining: Sequence[Request | None]) -> None:
         """Gives a row to each request. All of them fail where the ranks were not asked for the same."""
         before = len(self._rows)
-        places = [self._place(request) for request in joining if request is not None]
+        self._rows += [request for request in joining if request is not None]  # at once, so that none can be lost
+        places = [self._place(row) for row in range(before, len(self._rows))]
         decided = self.ranks.broadcast_object(places)
         if not self.ranks.agree(None not in joining and places == decided):
             del self._rows[before:]
             waiting = [] if self.ranks.leads else [self._waiting.popleft() for _ in range(len(self._waiting))]
-            for request in (*joining, *waiting):
-                if request is not None:
-                    remedy = "call with the same prompts and settings, in the same order, on every rank"
-                    error = ValueError(f"the ranks were asked for different things, or their caches differ: {remedy}")
-                    request.end("error", error=error)
+            for request in filter(None, (*joining, *waiting)):
+                remedy = "call with the same prompts and settings, in the same order, on every rank"
+                error = ValueError(f"the ranks were asked for different things, or their caches differ: {remedy}")
+                request.end("error", error=error)
 
-    def _place(self, request: Request) -> tuple[int, int]:
-        """Gives the first free row to a request, with the longest beginning of its prompt that any row holds: in place
-        where that row is free and loses nothing, otherwise copied. Returns the row that held it, and how much."""
-        cache, row = self.model.own_cache(), len(self._rows)
+    def _place(self, row: int) -> tuple[int, int]:
+        """Prepares the first free row for its request, with the longest beginning of its prompt that any row holds: in
+        place where that row is free and loses nothing, otherwise copied. Returns the row that held it, and how much."""
+        cache, request = self.model.own_cache(), self._rows[row]
         wanted = request.tokens[:-1] if request.reuse and not request.score else []
         shared = [length if (length := agreeing(t, wanted)) >= FEWEST else 0 for t in cache.tokens]
         source = max(range(cache.rows), key=lambda i: (shared[i], i >= row))
@@ -269,8 +265,7 @@ class Loop:
             cache.copy_row_(row, oldest, len(cache.tokens[row]))  # the least recently used gives way
             cache.copy_row_(oldest if source == row else source, row, known)
         cache.tokens[row] = request.held = cache.tokens[row][:known]
-        request.reused = known
-        self._rows.append(request)
+        request.reused, request.seat, self._seats = known, self._seats, self._seats + 1
         return source, known
 
     def _gather(self, first: Callable[[Request], bool]) -> int:
@@ -291,7 +286,7 @@ class Loop:
     def _read(self, row: int) -> None:
         """Reads at most `chunk` tokens of the prompts in rows `row` on, and chooses the first token of those that are
         read. Padding is written to later slots, which the mask hides."""
-        rows, T = self._piece(row)
+        row, rows, T = self._piece(row)
         pieces = [request.tokens[len(request.held) :][:T] for request in rows]
         h = self._hidden(self._moved([piece + [0] * (T - len(piece)) for piece in pieces]), rows, row)
         done, last = [], []
@@ -308,9 +303,10 @@ class Loop:
             given = self._moved([request.draws(request.written, 1) for request in done])
             self._choose(done, self.model.logits(torch.stack(last)).unsqueeze(1), [[]] * len(done), given)
 
-    def _piece(self, row: int) -> tuple[list[Request], int]:
-        """What is read next: some rows from `row` on, and how many tokens of each. A piece of a long prompt, or several
-        short ones side by side as long as that wastes less than passes of their own would."""
+    def _piece(self, row: int) -> tuple[int, list[Request], int]:
+        """What is read next, of the prompts in rows `row` on: the first row, the requests from it on, and how many
+        tokens of each. A piece of a long prompt, or several short ones side by side as long as that wastes less than
+        passes of their own would; the one that came first is among them."""
         slots, rows = self.model.own_cache().slots, [self._rows[row]]
         T = min(rows[0].unread, self.chunk)
         for request in self._rows[row + 1 :]:
@@ -320,7 +316,8 @@ class Loop:
             if not fits or len(more) * width > self.chunk or padding > PASS * len(rows):
                 break
             rows, T = more, width
-        return rows, T
+        first = min(self._rows[row:], key=lambda request: request.seat)  # rows are not in the order of their coming
+        return (row, rows, T) if first in rows else self._piece(self._rows.index(first))
 
     def _score(self, request: Request, h: Tensor) -> None:
         """The log-probabilities of the prompt's tokens after those of which h (T, dim) are the hidden states."""
@@ -362,20 +359,23 @@ class Loop:
     def _choose(self, rows: list[Request], logits: Tensor, guesses: Sequence[list[int]], given: Tensor) -> None:
         """A token for each row from logits (B, T, V), and as long as it is the one guessed, another, by the draws that
         end `given`. Rank 0 tells the others before anybody hears of it."""
-        if self._batch is None or self._batch[0] != rows:
+        batch, self._batch = self._batch, None  # it counts tokens before they are taken
+        if batch is None or batch[0] != rows:
             asked = [(request.sampling, request.prompt.tokens, request.answer) for request in rows]
-            self._batch = rows, Batch(asked, logits.shape[-1], logits.device)
+            batch = rows, Batch(asked, logits.shape[-1], logits.device)
         if self.ranks.leads:
-            chosen = self._batch[1].sample(logits, given, self._mask(rows, guesses, logits))
+            chosen = batch[1].sample(logits, given, self._mask(rows, guesses, logits))
         else:
             chosen = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
         told = self._told(rows, logits, self.ranks.broadcast(chosen))
-        for request, guess, (tokens, numbers) in zip(rows, guesses, told, strict=True):
-            right = agreeing(guess, tokens) if guess else 0
-            for token, own in zip(tokens[: right + 1], numbers, strict=False):
-                if not request.gone:
-                    request.take(token, own)
-            request.lookup.learn(len(guess), right)
+        with uninterrupted():
+            for request, guess, (tokens, numbers) in zip(rows, guesses, told, strict=True):
+                right = agreeing(guess, tokens) if guess else 0
+                for token, own in zip(tokens[: right + 1], numbers, strict=False):
+                    if not request.gone:
+                        request.take(token, own)
+                request.lookup.learn(len(guess), right)
+        self._batch = batch
 
     def _told(
         self, rows: list[Request], logits: Tensor, chosen: Tensor
@@ -406,7 +406,8 @@ class Loop:
                     own[t] = own[t] if found is None else found
                 except Exception as error:  # its own, and nobody else's
                     request.end("error", error=error)
-                own[t, list(request.stop_ids)] |= not own[t].any()
+                if not own[t].any():
+                    own[t, [i for i in request.stop_ids if 0 <= i < own.shape[-1]]] = True
                 if t < len(guess) and not own[t, guess[t]]:
                     break  # no further guess can come true
         return mask.to(logits.device)

@@ -150,7 +150,7 @@ class Llama:
             raise ValueError("there is nothing to answer: give at least one prompt")
         rest: dict[str, Any] = dict(settings)
         seed, stop = rest.pop("seed", None), stops(rest.pop("stop", ()))
-        reuse, allowed = bool(rest.pop("reuse", True)), rest.pop("allowed", None)
+        reuse, allowed, drawn = bool(rest.pop("reuse", True)), rest.pop("allowed", None), seed is None
         if max_gen_len is not None:
             max_gen_len = checked("max_gen_len", max_gen_len, (int, "at least", 0, 2**31 - 1))
         if seed is None:
@@ -164,7 +164,7 @@ class Llama:
             limit = room if max_gen_len is None else min(room, max_gen_len)
             sampling = Sampling(temperature, top_p, seed=own, **rest)
             told = prompt, limit, sampling, stop, logprobs, score, reuse, self.lookup
-            requests.append(Request(self.tokenizer, *told, row=row, allowed=allowed))
+            requests.append(Request(self.tokenizer, *told, row=row, allowed=allowed, drawn=drawn))
             self.loop.check(requests[-1])
         return requests
 

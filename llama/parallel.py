@@ -23,7 +23,7 @@ from fairscale.nn.model_parallel import layers, mappings
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 
-from llama.control import HOUR, WEEK, Processes, set_silence, set_timeout, start_alone, waiting
+from llama.control import HOUR, WEEK, Processes, set_silence, set_timeout, start_alone, start_together, waiting
 from llama.system import default_device, own_device
 
 INIT_STD = 0.02  # of freshly made weights, normal; as GPT-2's
@@ -74,8 +74,7 @@ def start(
             start_alone()
         elif not dist.is_initialized():
             gpus = torch.cuda.is_available() and str(device or default_device()).startswith("cuda")
-            backend, wait = "nccl" if gpus else "gloo", timedelta(seconds=timeout)
-            dist.init_process_group(backend, init_method, wait, world_size, ranks.rank)
+            start_together("nccl" if gpus else "gloo", init_method, timeout, world_size, ranks.rank)
         if not groups.model_parallel_is_initialized():
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its sizes by print()
                 groups.initialize_model_parallel(size)

@@ -51,7 +51,7 @@ class Prompt:
 
 def completion(tokenizer: Tokenizer, text: str) -> Prompt:
     """bos and the text, to be continued up to eos."""
-    return Prompt(tokenizer.encode(text, bos=True, eos=False), frozenset({tokenizer.eos_id}), continues=text != "")
+    return Prompt(tokenizer.encode(text, bos=True, eos=False), tokenizer.ends, continues=text != "")
 
 
 def infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> Prompt:
@@ -68,11 +68,12 @@ def infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode_infilling(suffix)
     ids = [pre, suf, *after, mid, *before] if suffix_first else [pre, *before, suf, *after, mid]
-    return Prompt([tokenizer.bos_id, *ids], frozenset({eot, tokenizer.eos_id}))
+    return Prompt(tokenizer.encode("", bos=True, eos=False) + ids, tokenizer.ends | {eot})
 
 
 def dialog(tokenizer: Tokenizer, messages: Dialog) -> Prompt:
-    """The format of the checkpoint at hand: turns where its tokenizer has `<step>` (70B Instruct), else `[INST]`.
+    """The format of the checkpoint at hand: its own chat template's, where it has another one than Llama's; turns where
+    its tokenizer has `<step>` (70B Instruct); else `[INST]`.
 
     An optional system message first, then user and assistant in turn, the last from the user; ValueError otherwise,
     and where a message contains a special tag.
@@ -80,6 +81,8 @@ def dialog(tokenizer: Tokenizer, messages: Dialog) -> Prompt:
     check_dialog(messages)
     if has_special_tags(messages):
         raise ValueError(f"{UNSAFE_ERROR} They are {', '.join(SPECIAL_TAGS)}")
+    if tokenizer.dialog is not None:
+        return Prompt(tokenizer.dialog(messages), tokenizer.ends, continues=False)
     return _turns(tokenizer, messages) if tokenizer.step_id is not None else _inst(tokenizer, messages)
 
 
@@ -114,7 +117,7 @@ def _inst(tokenizer: Tokenizer, messages: Dialog) -> Prompt:
     for question, answer in zip(contents[:-1:2], contents[1::2], strict=True):
         tokens += tokenizer.encode(f"{B_INST} {question.strip()} {E_INST} {answer} ", bos=True, eos=True)
     tokens += tokenizer.encode(f"{B_INST} {contents[-1].strip()} {E_INST}", bos=True, eos=False)
-    return Prompt(tokens, frozenset({tokenizer.eos_id}), continues=False)
+    return Prompt(tokens, tokenizer.ends, continues=False)
 
 
 def _turns(tokenizer: Tokenizer, messages: Dialog) -> Prompt:
@@ -132,7 +135,7 @@ def _turns(tokenizer: Tokenizer, messages: Dialog) -> Prompt:
         tokens += text(f"\n\n {content}") if content else []
         tokens.append(tokenizer.step_id)
     tokens += text(" Source: assistant\nDestination: user") + text("\n\n ")
-    return Prompt(tokens, frozenset({tokenizer.step_id, tokenizer.eos_id}), continues=False)
+    return Prompt(tokens, tokenizer.ends | {tokenizer.step_id}, continues=False)
 
 
 # Answers, as the jobs return them ---------------------------------------------------------------------------------

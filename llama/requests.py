@@ -46,18 +46,20 @@ class Request:
     def __init__(
         self, tokenizer: Tokenizer, prompt: Prompt, limit: int, sampling: Sampling | None = None,
         stop: Sequence[str | int] = (), logprobs: int | None = None, score: bool = False, reuse: bool = True,
-        lookup: int = 0, *, row: int = 0, allowed: Allowed | None = None,
+        lookup: int = 0, *, row: int = 0, allowed: Allowed | None = None, drawn: bool = False,
     ) -> None:  # fmt: skip
         """`limit` is the most tokens to write, and `stop` what ends the answer besides `prompt.stop`. `logprobs` asks
         for each token's log-probability and for so many alternatives; `score` for those of the prompt's tokens.
         `reuse` takes over what the cache holds of the same beginning. Up to `lookup` tokens are proposed at a time.
-        `row` is the caller's number for it. `allowed` restricts what may come next (on rank 0)."""
+        `row` is the caller's number for it. `allowed` restricts what may come next (on rank 0). `drawn` says that the
+        seed is nobody's wish, so that ranks needn't agree on it."""
         sampling = sampling or Sampling()
-        drawn = sampling if sampling.temperature else replace(sampling, seed=0)
-        self.asked: tuple[Any, ...] = (prompt, limit, drawn, tuple(stop), logprobs, score, reuse, lookup)
+        wanted = replace(sampling, seed=0) if drawn or not sampling.temperature else sampling
+        self.asked: tuple[Any, ...] = (prompt, limit, wanted, tuple(stop), logprobs, score, reuse, lookup)
         """What all ranks must agree on."""
-        self.prompt, self.limit, self.sampling, self.reused = prompt, limit, sampling, -1
-        """`reused`: how many of the prompt's tokens its row held already; -1 until it has a row."""
+        self.prompt, self.limit, self.sampling, self.reused, self.seat = prompt, limit, sampling, -1, -1
+        """`reused`: how many of the prompt's tokens its row held already; `seat`: how many requests had been given rows
+        before it. -1 until it has a row."""
         self.logprobs, self.score, self.reuse, self.row, self.allowed = logprobs, score, reuse, row, allowed
         self.lookup = Lookup(0 if sampling.has_penalties else lookup)
         self.stop_ids = prompt.stop | {s for s in stop if isinstance(s, int)}

@@ -122,7 +122,7 @@ def yarn_paper(
 
 
 def _temperature(factor: float, mscale: float = 1.0) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
 
 
 def longrope(
@@ -136,7 +136,7 @@ def longrope(
             raise ValueError(f"rope_scaling has {len(factors)} factors for {head_dim // 2} pairs: give one for each")
     chosen = long_factor if length > original_max_position_embeddings else short_factor
     if attention_factor is None:
-        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original_max_position_embeddings))
+        attention_factor = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original_max_position_embeddings))
     plain = default(head_dim, theta, length).inv_freq
     return Spectrum(plain / torch.tensor(chosen, dtype=torch.float64, device="cpu"), attention_factor)
 
@@ -176,7 +176,8 @@ SPECTRA: dict[str, Callable[..., Spectrum]] = {
 
 _POSITIVE = ("attention_factor", "alpha", "beta", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
 _RANGES: dict[str, Range] = {
-    **dict.fromkeys(("factor", "original_max_position_embeddings"), (float, "at least", 1, 1e9)),
+    "original_max_position_embeddings": (float, "at least", 1, 1e9),
+    "factor": (float, "at least", 1e-3, 1e9),  # below 1, as transformers allows, positions are spread
     **dict.fromkeys((*_POSITIVE, "short_factor", "long_factor"), (float, "at least", 1e-9, 1e9)),
     **dict.fromkeys(("mscale", "mscale_all_dim"), (float, "at least", 0, 1e9)),
     "partial_rotary_factor": (float, "at least", 0, 1),

@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import re
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,16 @@ from torch import Tensor
 
 from llama.errors import CheckpointError, LlamaError, NotEnoughMemory
 
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""Files that describe a tokenizer, and what a generation begins and ends with; the first may do alone."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,6 +60,17 @@ def read_plain(path: Path, most: int = -1) -> bytes:
         raise CheckpointError(f"{path} is {found}: it is a file in a download; copy or download it again")
     with path.open("rb") as file:
         return file.read(most)
+
+
+def copy_tokenizer(tokenizer_path: Path, folder: Path) -> bool:
+    """Copies a checkpoint's tokenizer into another folder: the one file, or all that stand beside it where it is
+    another than tokenizer.model. False where there is none."""
+    alone = tokenizer_path.name == "tokenizer.model"
+    copied = [tokenizer_path] if alone else [tokenizer_path.parent / name for name in TOKENIZER_FILES]
+    for file in copied:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    return tokenizer_path.is_file()
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -83,6 +106,40 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no plain dictionary of dense tensors ({some_of(odd)}): take another")
     _check_members(path, members, entries)
     return entries
+
+
+@readable()
+def open_shards(folder: Path) -> tuple[list[Path], list[dict[str, Tensor]]]:
+    """consolidated.00.pth, consolidated.01.pth … without a gap, which hold tensors of the same names. Other files in
+    the folder are none of ours."""
+    found = {path.name for path in folder.iterdir()}
+    count = sum(bool(re.fullmatch(r"consolidated\.\d\d+\.pth", name)) for name in found)
+    if not count:
+        raise CheckpointError(f"{folder} holds no consolidated.00.pth: pass the folder that has the *.pth files in it")
+    names = [f"consolidated.{number:02d}.pth" for number in range(count)]
+    missing = some_of(sorted(set(names) - found))
+    if missing:
+        raise CheckpointError(f"{folder} has {count} shards, but lacks {missing}: download it, or remove the odd one")
+    shards = [open_shard(folder / name) for name in names]
+    keys: list[set[str]] = [set(shard) for shard in shards]
+    if any(other != keys[0] for other in keys):
+        differing = sorted(keys[0].union(*keys) - keys[0].intersection(*keys))
+        raise CheckpointError(
+            f"the {len(keys)} shards in {folder} hold different tensors ({some_of(differing)}): they belong to "
+            "different checkpoints; download all of them again"
+        )
+    return [folder / name for name in names], shards
+
+
+@contextmanager
+def appearing_whole(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write in; at the end its files are moved into it, or are gone if the block fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        yield Path(scratch)
+        target.mkdir(exist_ok=True)
+        for written in sorted(Path(scratch).iterdir()):
+            os.replace(written, target / written.name)
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo], shard: dict[str, Tensor]) -> None:

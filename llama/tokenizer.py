@@ -9,7 +9,8 @@ that a user's text could produce them. Here a mark gets into a prompt by its id 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
@@ -17,8 +18,35 @@ from llama.errors import CheckpointError
 
 MARKS = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<step>", *("▁<EOT>" * n for n in range(2, 7)))
 """Pieces with a meaning, which text must not produce."""
-# A piece of its own in Code Llama's vocabulary: what follows it is encoded as the middle of a text.
-_BEFORE = "☺"
+
+
+class Traits(NamedTuple):
+    """What a vocabulary's files say besides its pieces; the defaults are those of a tokenizer.model alone."""
+
+    ends: frozenset[int] | None = None
+    """Ids that end a text; None: eos."""
+    adds_bos: bool = True
+    before: str = "☺"
+    """A piece of its own in Code Llama's vocabulary: what follows it is encoded as the middle of a text."""
+    byte_of: Callable[[int], bytes] | None = None
+    """The bytes of a token of a byte-level vocabulary."""
+    dialog: Callable[[Any], list[int]] | None = None
+    """A dialog's ids in the checkpoint's own format."""
+
+
+OPENERS: dict[str, Callable[[str], tuple[Any, Traits]]] = {}
+"""What opens another kind of tokenizer, by its file's ending: an object with SentencePieceProcessor's methods, and its
+traits. llama.interop puts in its own."""
+
+
+def _sentencepiece(path: str) -> tuple[Any, Traits]:
+    try:
+        return SentencePieceProcessor(model_file=path), Traits()
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not a SentencePiece model ({os.path.getsize(path):,} bytes): "
+            "download it again; the published one is 499,723 bytes or a little more"
+        ) from error
 
 
 class Tokenizer:
@@ -29,13 +57,8 @@ class Tokenizer:
         """Raises CheckpointError where there is no SentencePiece model at `model_path`."""
         if not os.path.isfile(model_path):
             raise CheckpointError(f"there is no tokenizer at {model_path}; pass the path of a tokenizer.model")
-        try:
-            self.sp_model = SentencePieceProcessor(model_file=os.fspath(model_path))
-        except Exception as error:
-            raise CheckpointError(
-                f"{model_path} is not a SentencePiece model ({os.path.getsize(model_path):,} bytes): "
-                "download it again; the published one is 499,723 bytes or a little more"
-            ) from error
+        opened = OPENERS.get(os.path.splitext(model_path)[1], _sentencepiece)
+        self.sp_model, traits = opened(os.fspath(model_path))
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
@@ -45,8 +68,10 @@ class Tokenizer:
         self.suffix_id = self._id("▁<SUF>")
         self.eot_id = self._id("▁<EOT>")
         self.step_id = self._id("<step>")
-        self._spelled = {i: self._spell(mark) for mark in MARKS if (i := self._id(mark)) is not None}
-        self._before: list[int] = self.sp_model.encode(_BEFORE)
+        self.traits, self.dialog = traits, traits.dialog
+        self.ends = frozenset({self.eos_id}) if traits.ends is None else traits.ends
+        self._spelled = {i: self._spell(self.token_piece(i)) for m in MARKS if (i := self._id(m)) is not None}
+        self._before: list[int] = self.sp_model.encode(traits.before)
 
     def _id(self, piece: str) -> int | None:
         found: int = self.sp_model.piece_to_id(piece)
@@ -73,11 +98,11 @@ class Tokenizer:
             raise ValueError(f"the text has a lone surrogate at {error.start}: read it as UTF-8") from None
         if not self._spelled.keys().isdisjoint(ids):
             ids = [part for i in ids for part in self._spelled.get(i, [i])]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [self.bos_id] * (bos and self.traits.adds_bos) + ids + [self.eos_id] * eos
 
     def encode_infilling(self, s: str) -> list[int]:
         """Ids of a text in the middle of another: without the space that SentencePiece puts before every text."""
-        return self.encode(_BEFORE + s, bos=False, eos=False)[len(self._before) :]
+        return self.encode(self.traits.before + s, bos=False, eos=False)[len(self._before) :]
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of ids. One leading space is taken off, the one that `encode` put there."""
@@ -86,14 +111,16 @@ class Tokenizer:
 
     def decode_infilling(self, t: Sequence[int]) -> str:
         """The text of ids in the middle of a text: no space is taken off."""
-        return self.decode([*self._before, *t])[len(_BEFORE) :]
+        return self.decode([*self._before, *t])[len(self.traits.before) :]
 
     def token_piece(self, t: int) -> str:
         piece: str = self.sp_model.id_to_piece(t)
         return piece
 
     def byte_of(self, t: int) -> bytes:
-        """The byte that a piece of byte fallback stands for; b"" for every other piece."""
+        """The byte that a piece of byte fallback stands for, or those of a byte-level piece; b"" for every other."""
+        if self.traits.byte_of is not None:
+            return self.traits.byte_of(t)
         return bytes([int(self.token_piece(t)[3:5], 16)]) if self.sp_model.is_byte(t) else b""
 
 

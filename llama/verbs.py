@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def complete(
     r"""Continues PROMPT ("-": standard input) and prints both.
 
     Args:
-        prompt: the text. One that begins with a hyphen may stand after " -- ".
+        prompt: the text. One that begins with a hyphen stands at the end, after --.
         temperature: how much chance there is in each choice (0: none, always the likeliest token).
         top_p: draw from the likeliest tokens that have this share of the probability.
         top_k: draw from so many of the likeliest tokens.
@@ -77,6 +78,8 @@ def complete(
         return
     llama = load_to_use(loading, seed)
     text = llama.ranks.broadcast_object(_prompt_text(prompt) if llama.ranks.leads else None)
+    if not text:
+        raise ValueError("the prompt is empty: give a text to continue")
     with cache_files(llama, load_cache, save_cache):
         events = llama.stream([text], max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
         say(llama, text if echo else "")
@@ -130,18 +133,36 @@ def infill(
         if not in_place:
             say(llama, text)
 
-    text = parts[0]
+    text, cut = parts[0], list[int]()
+    line_end = "\r\n" if "\r\n" in parts[0] + parts[-1] else "\n"
     with cache_files(llama, load_cache, save_cache):
         show("" if only else text)
         for at, part in enumerate(parts[1:], 1):
             # What stands behind the next gaps is known; the gaps themselves are left out.
             prompt = infilling(llama.tokenizer, text, "".join(parts[at:]), suffix_first)
             events = llama.stream([prompt], max_gen_len, temperature, top_p, stop=stop, seed=seed)
-            text += print_stream(llama, events, show, stoppable=not in_place) + part
+            written = _with_line_ends(events, line_end, at, cut)
+            text += print_stream(llama, written, show, stoppable=not in_place) + part
             show("\n" if only else part)
     if in_place and llama.ranks.leads:
         _replace(path, text.encode(used))
         print(f"{name}: {len(parts) - 1} place{'s' if len(parts) > 2 else ''} filled in", file=sys.stderr)
+    for at in cut if llama.ranks.leads else ():
+        print(f"place {at} was cut after {max_gen_len} tokens: a larger --max_gen_len gives more", file=sys.stderr)
+
+
+def _with_line_ends(
+    events: Generator[Event, None, None], line_end: str, place: int, cut: list[int]
+) -> Generator[Event, None, None]:
+    """Events whose text has the file's line ends. Adds the place to `cut` where an answer didn't end by itself."""
+    try:
+        for event in events:
+            if event.finish_reason == "length":
+                cut.append(place)
+            # A model that has read CRLF may write either.
+            yield replace(event, text=event.text.replace("\r", "").replace("\n", line_end))
+    finally:
+        events.close()
 
 
 def info(ckpt_dir: Positional[MaybePath] = None, *, json: bool = False) -> None:
@@ -296,6 +317,8 @@ def _parts_to_fill(file: str, encoding: str | None) -> tuple[Path, str, list[str
     name = placed[1] if placed else file
     if file != "-" and not os.path.isfile(name):
         given = "is a folder" if os.path.isdir(name) else "is missing"
+        if os.path.isfile(re.sub(r":\d+$", "", name)):
+            given = "lacks a column"
         raise ValueError(f"{name} {given}; give a file with {FILL}, FILE:LINE:COLUMN, or - for standard input")
     contents = sys.stdin.buffer.read() if file == "-" else Path(name).read_bytes()
     text, used = decoded(contents, "standard input" if file == "-" else name, encoding)

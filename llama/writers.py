@@ -101,12 +101,13 @@ class Remote:
         self.server, self.context = server, server.context()
 
     def length(self, messages: Sequence[Message], begun: str) -> int | None:
-        found = self.server.length(messages)
-        return None if found is None else found + (self.server.tokens(begun) or 0)
+        return self.server.length(messages, begun)
 
     def write(self, messages: Sequence[Message], begun: str, sampled: Sampled) -> Generator[Piece, None, None]:
+        from llama.serve.client import dialog
+
         body: dict[str, Any] = {
-            "messages": list(messages),
+            **dialog(messages, begun),
             "max_tokens": sampled.max_gen_len,
             "temperature": sampled.temperature,
             "top_p": sampled.top_p,
@@ -114,9 +115,6 @@ class Remote:
         }
         body |= {"top_k": sampled.top_k} if sampled.top_k else {}
         body |= {"stop": list(sampled.stop)} if sampled.stop else {}
-        if begun:  # as vLLM calls it
-            body["messages"] = [*messages, {"role": "assistant", "content": begun}]
-            body |= {"continue_final_message": True, "add_generation_prompt": False}
         return self._pieces(self.server.stream("/v1/chat/completions", body))
 
     def _pieces(self, chunks: Generator[dict[str, Any], None, None]) -> Generator[Piece, None, None]:

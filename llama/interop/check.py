@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from llama.config import ModelArgs
+from llama.interop.gguf import GGUF
 from llama.interop.layout import Shape, args_of, read_json, shard_shapes, whole_shapes
 from llama.interop.names import to_huggingface
-from llama.interop.stored import AGAIN, Fault, Stored, look_through, read_header
+from llama.interop.stored import AGAIN, Fault, Stored, compare_crc, look_through, read_header
 from llama.options import Positional
-from llama.system import some_of
+from llama.system import read_plain, some_of
 from llama.tokenizer import Tokenizer
 
 CHECKLIST = "checklist.chk"
@@ -57,7 +58,9 @@ def check(path: str | Path, quick: bool = False, progress: bool = False) -> list
     `quick` leaves out what needs reading all bytes, the sums and the numbers; `progress` shows bars on standard error.
     Raises ValueError where `path` is no folder of either kind. Nothing else is raised for what is wrong with it.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    if folder.is_file() and (folder.suffix.lower() == ".gguf" or read_plain(folder, 4) == b"GGUF"):
+        return _gguf(folder, quick)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: pass the folder of a checkpoint")
     names = {file.name for file in folder.iterdir()}
@@ -69,6 +72,25 @@ def check(path: str | Path, quick: bool = False, progress: bool = False) -> list
         f"{folder} holds neither params.json and consolidated.00.pth nor config.json and model.safetensors: pass the "
         "folder in which a checkpoint's files lie"
     )
+
+
+def _gguf(path: Path, quick: bool) -> list[Verdict]:
+    """The one verdict on a GGUF file: header, sizes and tokenizer, and whether every number is finite."""
+    try:
+        weights = GGUF(path)
+        args = weights.args()
+        lacking = sorted(set(whole_shapes(args)).symmetric_difference(weights.names()))
+        if lacking:
+            raise ValueError(f"{path}: {some_of(lacking, 3)} missing or unknown: {ANEW}")
+        Tokenizer(weights.tokenizer_path)
+        bad = [] if quick else [n for n in weights.names() if not bool(weights.tensor(n, args).isfinite().all())]
+        if bad:
+            raise ValueError(f"{path}: NaN or infinity in {some_of(bad, 3)}: {ANEW}")
+    except ValueError as error:
+        found, _, remedy = str(error).removeprefix(f"{path}: ").rpartition(": ")
+        return [Verdict(path.name, False, found or remedy, remedy if found else AGAIN)]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in weights.kinds().items())
+    return [Verdict(path.name, True, f"{kinds}, {_size(path)}" + ("" if quick else ", all finite"))]
 
 
 class _Check:
@@ -254,6 +276,10 @@ class _Check:
         said = f"{len(header)} tensors in {' and '.join(dtypes)}, {_size(path)}"
         if self.quick:
             return said
+        if path.name not in self.sums:  # an md5 says the same, of the whole file
+            with self._bar(path.name, path.stat().st_size, "CRC-32") as bar:
+                sums = compare_crc(path, bar.update)
+            said += ", CRC-32 as stored" if sums else ""
         bad = []
         with self._bar(path.name, path.stat().st_size, "numbers") as bar:
             for name, tensor in header.items():
@@ -344,7 +370,7 @@ def command(ckpt_dir: Positional[str], *, quick: bool = False) -> None:
     """A verdict on each file of a checkpoint in CKPT_DIR, with the remedy; exit code 1 where one is bad.
 
     Args:
-        ckpt_dir: a folder in the published or in Hugging Face's format.
+        ckpt_dir: a folder in the published or in Hugging Face's format, or a .gguf file.
         quick: leave out what needs reading all bytes: md5 sums, and whether every number is finite.
     """
     verdicts = check(ckpt_dir, quick, progress=True)

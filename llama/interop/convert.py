@@ -35,8 +35,10 @@ from llama.interop.huggingface import HuggingFace, to_config, trained_context, w
 from llama.interop.layout import shard_shapes, whole_shapes
 from llama.interop.names import ROTATED, to_halves, to_huggingface
 from llama.interop.tokenizer import write_tokenizer
+from llama.interop.vocabulary import read_said
 from llama.options import Count, MaybeDtype, Positional, choice
-from llama.system import DTYPES, some_of
+from llama.system import DTYPES, TOKENIZER_FILES, copy_tokenizer, read_params, some_of
+from llama.tokenizer import Tokenizer
 
 FILE_BYTES = 5_000_000_000
 """The most that a safetensors file of a Hugging Face folder holds; a single larger tensor has a file of its own."""
@@ -133,8 +135,9 @@ def convert(
     """Writes the checkpoint `src`, of any format, as a new folder `dst`: to "hf" or, in `shards` files, to "meta"; or
     to "gguf", as a new file.
 
-    `dtype` (default: as stored), or for "gguf" `quant` (default: f16), rounds, and nothing else does: there and back is
-    bit-exact. What is written stands under a temporary name beside `dst` until it is whole. Raises ValueError where
+    `dtype` (default: as stored), or for "gguf" `quant` (default: f16, in which bfloat16's smallest
+    numbers are rounded), rounds, and nothing else does: there and back is bit-exact. What is written stands under a
+    temporary name beside `dst` until it is whole. Raises ValueError where
     `dst` exists, `src` is no whole checkpoint, the model can't be cut into `shards`, or the disk has no room; then
     nothing is left behind.
     """
@@ -158,7 +161,8 @@ def convert(
     except ValueError as error:
         raise ValueError(f"--shards {shards} can't be had: {error}") from error
     stored = weights.tensor("layers.0.attention.wo.weight", args).dtype
-    itemsize = {"f32": 4, "q8_0": 34 / 32}.get(quant or "", 2) if to == "gguf" else (dtype or stored).itemsize
+    packed = {"f32": 4, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32}
+    itemsize = packed.get(quant or "", 2) if to == "gguf" else (dtype or stored).itemsize
     needed = int(itemsize * (parts + (-(-whole // shards) if to == "meta" else 0)))
     place = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
@@ -217,9 +221,7 @@ def write_meta(job: Job, folder: Path) -> None:
         except RuntimeError as error:  # so it reports what a write() has failed with
             raise OSError(str(error).partition("\n")[0]) from error
         scratch.unlink()
-    if job.weights.tokenizer_path.is_file():
-        shutil.copyfile(job.weights.tokenizer_path, folder / "tokenizer.model")
-    else:
+    if not copy_tokenizer(job.weights.tokenizer_path, folder):
         warnings.warn(f"{job.weights.tokenizer_path} is missing, so the result has no tokenizer.model", stacklevel=3)
     # Last, so that an unfinished folder is no checkpoint.
     write_json(folder / "params.json", job.args.to_params())
@@ -314,10 +316,13 @@ def write_huggingface(job: Job, folder: Path) -> None:
         ends = config["eos_token_id"]
         _copy_beside(job.weights.path, folder)
     elif job.weights.tokenizer_path.is_file():
-        tokenizer = write_tokenizer(job.weights.tokenizer_path, folder, config["max_position_embeddings"])
+        tokenizer = Tokenizer(job.weights.tokenizer_path)
+        _write_beside(job.weights.tokenizer_path, tokenizer, folder, config["max_position_embeddings"])
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         # transformers has one set of ids to stop at, whatever the prompt: what ends an answer of any job.
-        ends = [end for end in (tokenizer.eos_id, tokenizer.eot_id, tokenizer.step_id) if end is not None]
+        every = [tokenizer.eos_id, *sorted(tokenizer.ends), tokenizer.eot_id, tokenizer.step_id]
+        ends = list(dict.fromkeys(end for end in every if end is not None))
+        (folder / "generation_config.json").unlink(missing_ok=True)
     else:
         warnings.warn(f"{job.weights.tokenizer_path} is missing, so the result has no tokenizer", stacklevel=3)
     if not (folder / "generation_config.json").is_file():
@@ -359,22 +364,27 @@ def _size(job: Job, matrix: Matrix) -> int:
     return prod(matrix.shape) * (job.dtype or matrix.dtype).itemsize
 
 
-_BESIDE = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-
-
 def _copy_beside(source: Path, folder: Path) -> None:
     """What a Hugging Face folder has besides its weights is another one's too, as it is."""
-    for name in _BESIDE:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _write_beside(path: Path, tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """The files of a tokenizer: copied where they are in Hugging Face's format, made where only tokenizer.model is."""
+    own = path.parent / "tokenizer.model"
+    copy_tokenizer(path, folder)
+    if not own.is_file() or (path.parent / "tokenizer.json").is_file():
+        return
+    write_tokenizer(own, folder, max_length)
+    said = read_said(path.parent) if path.suffix == ".json" else None
+    if said is not None:
+        written = read_params(folder / "tokenizer_config.json")
+        written |= {"add_bos_token": tokenizer.traits.adds_bos, "eos_token": tokenizer.token_piece(tokenizer.eos_id)}
+        if tokenizer.dialog is not None:
+            written["chat_template"] = said.template
+        write_json(folder / "tokenizer_config.json", written)
 
 
 # GGUF ----------------------------------------------------------------------------------------------------------------

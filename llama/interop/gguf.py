@@ -7,9 +7,9 @@ that differs. The library `gguf` (extra `[gguf]`) knows the bytes; what needs no
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -24,8 +24,12 @@ from torch import Tensor
 from llama.arguments import checked
 from llama.checkpoint import check_sizes, check_weight, recut
 from llama.config import RANGES, ModelArgs, RopeScaling
+from llama.interop.gguf_header import AGAIN, Entry, read_header
+from llama.interop.gguf_tokenizer import Tokens, tokens_to_write
 from llama.interop.huggingface import note_context
+from llama.interop.vocabulary import read_said
 from llama.rope import spectrum
+from llama.system import some_of
 
 _NAMES = {
     "tok_embeddings": "token_embd",
@@ -43,11 +47,13 @@ _NAMES = {
 }
 _OURS = {theirs: ours for ours, theirs in _NAMES.items()}
 _FACTORS = "rope_freqs.weight"
-"""What Llama 3's scaling divides each pair's frequency by; the sizes don't tell its parameters."""
+"""What a scaling divides each pair's frequency by: Llama 3's, whose parameters the sizes don't tell."""
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+"""What llama.cpp's keys are called in a rope_scaling."""
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
-QUANTS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+QUANTS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9}
 """What can be written, and the number by which a file says of what type most of it is (`general.file_type`)."""
-_TOKENIZER_KEYS = ("tokens", "scores", "token_type")
 
 
 def to_gguf(name: str) -> str:
@@ -70,6 +76,10 @@ def open_weights(path: Path) -> GGUF:
     return GGUF(path)
 
 
+def _plain(types: Any) -> dict[Any, torch.dtype]:
+    return {types.F32: torch.float32, types.F16: torch.float16, types.F64: torch.float64, types.BF16: torch.bfloat16}
+
+
 def _library() -> Any:
     try:
         import gguf
@@ -79,26 +89,35 @@ def _library() -> Any:
 
 
 class GGUF:
-    """The weights of a GGUF file under Meta's names, as `llama.checkpoint.Weights` asks for them.
+    """The weights of a GGUF file, or of the parts that llama.cpp's gguf-split makes of one, under Meta's names, as
+    `llama.checkpoint.Weights` asks for them.
 
     Raises ValueError, naming the file and the remedy, where there is none, and for what is no whole GGUF file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._gguf = _library()
         if not path.is_file():
             raise ValueError(f"there is no file {path}; pass --ckpt_dir with a folder or a .gguf file")
-        try:
-            # Copy on write: torch wants memory that may be written, and the file is not to be.
-            self._reader = self._gguf.GGUFReader(path, "c")
-        except Exception as error:  # the library raises all kinds of them for damaged files
+        sizes = {int(kind): size for kind, size in self._gguf.GGML_QUANT_SIZES.items()}
+        self.path, parts = _parts(path)
+        self.values: dict[str, Any] = {}
+        """The file's key-value pairs."""
+        self._tensors: dict[str, tuple[Entry, Any]] = {}
+        for part in parts:
+            values, entries, data = read_header(part, sizes)
+            self.values = {**values, **self.values}  # the first part tells all
+            for entry in entries:
+                name = to_meta(entry.name)
+                if name in self._tensors:
+                    raise ValueError(f"{part} holds {entry.name} twice, or another part does: download all parts again")
+                self._tensors[name] = entry, data
+        if len(parts) == 1 and self._value("split.count", 0) > 1:
             raise ValueError(
-                f"{path} ({path.stat().st_size:,} bytes) can't be read: most likely an incomplete download; delete it "
-                f"and download it again. ({type(error).__name__}: {error})"
-            ) from error
-        self._tensors = {to_meta(t.name): t for t in self._reader.tensors if t.name != _FACTORS}
-        self._factors = next((t for t in self._reader.tensors if t.name == _FACTORS), None)
+                f"{path} is one part of {self._value('split.count')}, and its name doesn't say which: give the parts "
+                "the names that they had, model-00001-of-00002.gguf"
+            )
+        self._factors = self._tensors.pop(_FACTORS, None)
         if "output.weight" not in self._tensors and "tok_embeddings.weight" in self._tensors:
             self._tensors["output.weight"] = self._tensors["tok_embeddings.weight"]  # tied
 
@@ -106,16 +125,29 @@ class GGUF:
     def n_shards(self) -> int:
         return 1
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, as stored."""
+        return sum(entry.nbytes for entry in {entry for entry, _ in self._tensors.values()})
+
+    def kinds(self) -> dict[str, int]:
+        """How many tensors are of each type."""
+        found: dict[str, int] = {}
+        for kind in sorted(entry.kind for entry in {entry for entry, _ in self._tensors.values()}):
+            name = self._gguf.GGMLQuantizationType(kind).name.lower()
+            found[name] = found.get(name, 0) + 1
+        return found
+
     def names(self) -> list[str]:
         """The parameters' names, Meta's; what has no such name keeps its own, so that `load` can say so."""
         return list(self._tensors)
 
     def args(self, **limits: Any) -> ModelArgs:
         """The architecture. Raises ValueError, naming the file, for what the core can't run: another kind of model,
-        experts, heads of another size, a scaling of RoPE that it lacks."""
+        experts, biases, heads of another size."""
         try:
             args = ModelArgs(**self._sizes())
-            check_sizes(args, self.names(), int(self._tensors["tok_embeddings.weight"].shape[0]))
+            check_sizes(args, self.names(), int(self._tensors["tok_embeddings.weight"][0].shape[0]))
             args.rope_scaling = self._scaling(args)
             spectrum(args.head_dim, args.rope_theta, args.rope_scaling, 1)
         except ValueError as error:
@@ -127,11 +159,10 @@ class GGUF:
     def context(self) -> int | None:
         """Tokens that the model was made for, where the file says so."""
         told = self._value("llama.context_length")
-        return int(told) if isinstance(told, int) else None
+        return told if isinstance(told, int) else None
 
     def _value(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        return self.values.get(key, default)
 
     def _need(self, key: str) -> Any:
         value = self._value(key)
@@ -141,7 +172,8 @@ class GGUF:
 
     def _size(self, key: str, ours: str) -> Any:
         """What the file has under `llama.` and `key` for the number `ours` of ModelArgs."""
-        return checked(f"llama.{key}", self._need(f"llama.{key}"), RANGES[ours])
+        found = self._need(f"llama.{key}")
+        return checked(f"llama.{key}", found, RANGES[ours])
 
     def _sizes(self) -> dict[str, Any]:
         kind = self._value("general.architecture")
@@ -149,14 +181,17 @@ class GGUF:
             raise ValueError(f"its architecture is {kind!r}; only 'llama' can be loaded: choose a file of that kind")
         if self._value("llama.expert_count", 0):
             raise ValueError("it is a mixture of experts, which can't be loaded: choose a plain Llama")
+        if biases := [entry.name for entry, _ in self._tensors.values() if entry.name.endswith(".bias")]:
+            raise ValueError(f"its layers have biases ({some_of(biases, 2)}), which Llama's lack: choose another model")
         dim, n_heads = self._size("embedding_length", "dim"), self._size("attention.head_count", "n_heads")
-        for key in ("llama.attention.key_length", "llama.rope.dimension_count"):
+        for key in ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count"):
             if self._value(key, dim // n_heads) != dim // n_heads:
                 raise ValueError(
-                    f"{key} is {self._value(key)}; only {dim // n_heads}, {dim} / {n_heads}, can be loaded"
+                    f"{key} is {self._value(key)}; only {dim // n_heads}, {dim} / {n_heads}, can be loaded: choose "
+                    "another model"
                 )
         embedding = self._tensors.get("tok_embeddings.weight")
-        if embedding is None or len(embedding.shape) != 2:
+        if embedding is None or len(embedding[0].shape) != 2:
             raise ValueError("it has no matrix token_embd.weight: it holds no whole model, perhaps a vocabulary alone")
         found = {
             "dim": dim,
@@ -173,35 +208,60 @@ class GGUF:
 
     @property
     def _words(self) -> int:
-        return int(self._tensors["tok_embeddings.weight"].shape[1])  # shapes are written the other way round
+        return int(self._tensors["tok_embeddings.weight"][0].shape[1])  # shapes are written the other way round
 
     def _scaling(self, args: ModelArgs) -> RopeScaling | None:
-        kind = self._value("llama.rope.scaling.type", "none")
-        trained = self._value("llama.rope.scaling.original_context_length", self._value("llama.context_length", 2048))
         if self._factors is not None:
-            return _llama3(args, torch.from_numpy(np.array(self._factors.data)).double())
+            return _divided(args, self._stored(*self._factors).double())
+        old = self._value("llama.rope.scale_linear")  # before the keys of scaling, in 2023
+        kind = self._value("llama.rope.scaling.type", "linear" if old not in (None, 0, 1.0) else "none")
+        factor = self._value("llama.rope.scaling.factor", old if old not in (None, 0) else 1.0)
         if kind == "none":
             return None
-        scaling: RopeScaling = {"rope_type": kind, "factor": self._value("llama.rope.scaling.factor", 1.0)}
-        return {**scaling, "original_max_position_embeddings": trained} if kind == "yarn" else scaling
+        if kind == "longrope":
+            raise ValueError("its scaling is longrope, but it lacks its factors: pass the original checkpoint")
+        scaling: RopeScaling = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            trained = self._value(
+                "llama.rope.scaling.original_context_length", self._value("llama.context_length", 2048)
+            )
+            scaling["original_max_position_embeddings"] = trained
+            stretch = self._value(
+                "llama.rope.scaling.attn_factor", self._value("llama.rope.scaling.yarn_attn_factor", 1)
+            )
+            if stretch != 1 and isinstance(factor, float) and factor >= 1:  # on top of YaRN's own
+                scaling["attention_factor"] = stretch * (1 + 0.1 * math.log(factor))
+            for key, ours in _YARN.items():
+                if (found := self._value(f"llama.rope.scaling.{key}")) is not None:
+                    scaling[ours] = found
+        return scaling
 
     def tensor(self, name: str, args: ModelArgs, rank: int = 0, world_size: int = 1) -> Tensor:
         """Rank `rank`'s part, of `world_size`, of a parameter by Meta's name; float32 where the file has it quantised,
         else as stored, a view into the file. Raises ValueError for a type that can't be dequantised."""
-        whole = check_weight(self.path, name, self._whole(name), self._tensors[name].name)
+        entry, data = self._tensors[name]
+        whole = check_weight(self.path, name, self._stored(entry, data), entry.name)
         return recut(name, [whole], rank, world_size, args.n_kv_heads, args.head_dim)
 
-    def _whole(self, name: str) -> Tensor:
-        stored, types = self._tensors[name], self._gguf.GGMLQuantizationType
-        if stored.tensor_type in (types.F32, types.F16, types.F64):
-            return torch.from_numpy(stored.data)
-        if stored.tensor_type == types.BF16:
-            return torch.from_numpy(stored.data.view(np.int16)).view(torch.bfloat16)
+    def _stored(self, entry: Entry, data: Any) -> Tensor:
+        types = self._gguf.GGMLQuantizationType
+        shape, kind = entry.shape[::-1], types(entry.kind)
+        if kind in _plain(types):
+            dtype = _plain(types)[kind]
+            if not prod(shape):
+                return torch.empty(shape, dtype=dtype)
+            if entry.start % dtype.itemsize:
+                raise ValueError(
+                    f"{entry.name} in {self.path} begins at byte {entry.start:,}, between two numbers: {AGAIN}"
+                )
+            return torch.frombuffer(data, dtype=dtype, count=prod(shape), offset=entry.start).view(shape)
+        block, nbytes = self._gguf.GGML_QUANT_SIZES[kind]
+        rows = np.frombuffer(data, np.uint8, entry.nbytes, entry.start)
         try:
-            return torch.from_numpy(self._gguf.dequantize(stored.data, stored.tensor_type))
-        except NotImplementedError as error:
+            return torch.from_numpy(self._gguf.dequantize(rows.reshape(*shape[:-1], shape[-1] // block * nbytes), kind))
+        except (NotImplementedError, KeyError) as error:
             raise ValueError(
-                f"{stored.name} in {self.path} is of the type {stored.tensor_type.name}, which can't be dequantised: "
+                f"{entry.name} in {self.path} is of the type {kind.name}, which can't be dequantised: "
                 "take a file in f16, bf16, q8_0 or q4_k"
             ) from error
 
@@ -209,86 +269,69 @@ class GGUF:
 
     @property
     def tokenizer_path(self) -> Path:
-        """A tokenizer.model made of the file's own pieces, there as long as this object is.
+        """A tokenizer made of the file's own entries, there as long as this object is.
 
-        Where the file's tokenizer is not a SentencePiece one, its pieces are the ids in angle brackets, and a warning
-        says so: such a model can be given ids, and answers in ids.
+        Where nobody here can encode as the file says, its pieces are the ids in angle brackets, and a warning says so:
+        such a model can be given ids, and answers in ids.
         """
         return self._tokenizer_file
 
     @cached_property
     def _tokenizer_file(self) -> Path:
         self._scratch = tempfile.TemporaryDirectory(prefix="codellama-")
-        path = Path(self._scratch.name, "tokenizer.model")
-        path.write_bytes(self._tokenizer_model())
-        return path
-
-    def _token_id(self, mark: str, default: int) -> int:
-        key = f"tokenizer.ggml.{mark}_token_id"
-        found: int = checked(f"{self.path}: {key}", self._value(key, default), (int, "at least", 0, self._words - 1))
-        return found
-
-    def _tokenizer_model(self) -> bytes:
-        kind = self._value("tokenizer.ggml.model", "missing")
-        bos, eos = self._token_id("bos", 1), self._token_id("eos", 2)
-        unknown = self._token_id("unknown", next(i for i in range(3) if i not in (bos, eos)))
-        if kind == "llama":
-            pieces, scores, types = (self._need(f"tokenizer.ggml.{key}") for key in _TOKENIZER_KEYS)
-        else:
-            warnings.warn(
-                f"{self.path}: its tokenizer is {kind!r}, not a SentencePiece one, and can't be used: give the model "
-                "ids (generate, stream), it answers in <ids>; or pass --tokenizer_path",
-                stacklevel=2,
-            )
-            pieces, scores = [f"<{i}>" for i in range(self._words)], [0.0] * self._words
-            types = [2 if i == unknown else 1 for i in range(self._words)]
-        space = kind == "llama" and bool(self._value("tokenizer.ggml.add_space_prefix", True))
-        model = _sentencepiece(pieces, scores, types, bos, eos, space)
-        if kind != "llama":
-            model.trainer_spec.unk_surface = "☺"  # the core's Tokenizer wants one id for it that decodes to it
-        found: bytes = model.SerializeToString()
-        return found
+        try:
+            return Tokens(self._value, self._words).lay_out(Path(self._scratch.name), str(self.path))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
 
-def _llama3(args: ModelArgs, factors: Tensor) -> RopeScaling:
-    """The parameters of Llama 3's scaling whose factors (D/2,) these are; ValueError where they are none's."""
-    found: RopeScaling = {
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "original_max_position_embeddings": 8192,
-    }
+def _parts(path: Path) -> tuple[Path, list[Path]]:
+    """The first part of what a file belongs to, and all parts. ValueError where one is missing."""
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named[3]) < 2:
+        return path, [path]
+    count = int(named[3])
+    present = [
+        i for i in range(1, count + 1) if path.with_name(f"{named[1]}-{i:05d}-of-{count:05d}{named[4]}").is_file()
+    ]
+    parts = [path.with_name(f"{named[1]}-{i:05d}-of-{count:05d}{named[4]}") for i in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ValueError(
+            f"{path} is one of {count} parts, and {path.parent} holds {len(present)}; missing: {some_of(missing)}"
+            ": download these into the same folder"
+        )
+    return parts[0], parts
+
+
+def _divided(args: ModelArgs, factors: Tensor) -> RopeScaling:
+    """The scaling that divides each pair's frequency by these factors (D/2,): Llama 3's, where they are its own, else
+    one divisor for each pair, as LongRoPE has them."""
+    pairs = args.head_dim // 2
+    if factors.shape != (pairs,) or not bool((factors > 0).all()) or not bool(factors.isfinite().all()):
+        raise ValueError(
+            f"{_FACTORS} has the shape {tuple(factors.shape)}, or numbers that are not positive; it should have "
+            f"{pairs} divisors: download the file again"
+        )
     plain = spectrum(args.head_dim, args.rope_theta, None, 1).inv_freq
-    scaled = spectrum(args.head_dim, args.rope_theta, found, 1).inv_freq
-    if factors.shape != plain.shape or not torch.allclose(plain / scaled, factors, rtol=1e-4):
-        raise ValueError(f"{_FACTORS} is not Llama 3.1's scaling: pass --rope_scaling, or take the original checkpoint")
-    return found
-
-
-def _proto() -> Any:
-    try:
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        raise ValueError("a GGUF file's tokenizer needs protobuf: pip install 'codellama[gguf]'") from None
-    return sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-
-
-def _sentencepiece(pieces: list[str], scores: list[float], types: list[int], bos: int, eos: int, space: bool) -> Any:
-    """A ModelProto with the published settings; GGUF numbers the types of pieces as SentencePiece does."""
-    model = _proto()
-    for piece, score, kind in zip(pieces, scores, types, strict=True):
-        model.pieces.add(piece=piece, score=float(score), type=int(kind))
-    unknown = next((i for i, kind in enumerate(types) if kind == 2), None)
-    if unknown is None:
-        raise ValueError("the file's tokenizer has no unknown piece: it is damaged; take another file")
-    trainer = model.trainer_spec
-    trainer.model_type, trainer.vocab_size = 2, len(pieces)  # 2: byte-pair encoding
-    trainer.byte_fallback = 6 in types
-    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = unknown, bos, eos, -1
-    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = pieces[unknown], pieces[bos], pieces[eos]
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = space
-    model.normalizer_spec.remove_extra_whitespaces = False
-    return model
+    for trained in (8192, 4096, 16384):
+        found: RopeScaling = {
+            "rope_type": "llama3",
+            "factor": max(float(factors.max()), 1.0),
+            "original_max_position_embeddings": trained,
+        }
+        scaled = spectrum(args.head_dim, args.rope_theta, found, 1).inv_freq
+        if torch.allclose(plain / scaled, factors, rtol=1e-4):
+            return found
+    each = factors.tolist()
+    return {
+        "rope_type": "longrope",
+        "short_factor": each,
+        "long_factor": each,
+        "factor": 1.0,
+        "original_max_position_embeddings": 2048,
+        "attention_factor": 1.0,
+    }
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -380,21 +423,16 @@ def _factors(args: ModelArgs) -> np.ndarray[Any, Any] | None:
 
 
 def _write_tokenizer(writer: Any, path: Path, rows: int) -> None:
-    model = _proto()
-    model.ParseFromString(path.read_bytes())
-    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
-    pieces += [(f"[PAD{i}]", 0.0, 5) for i in range(len(pieces), rows)]  # 5: unused
-    words, scores, types = (list(column) for column in zip(*pieces, strict=True))
-    writer.add_string("tokenizer.ggml.model", "llama")
-    writer.add_array("tokenizer.ggml.tokens", words)
-    writer.add_array("tokenizer.ggml.scores", scores)
-    writer.add_array("tokenizer.ggml.token_type", types)
-    ids = {"unknown": model.trainer_spec.unk_id, "bos": model.trainer_spec.bos_id, "eos": model.trainer_spec.eos_id}
-    place = {word: i for i, word in enumerate(words)}
-    marks = {"fim_pre": "▁<PRE>", "fim_suf": "▁<SUF>", "fim_mid": "▁<MID>", "eot": "▁<EOT>"}
-    ids |= {key: place[mark] for key, mark in marks.items() if mark in place}
-    for key, i in ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", i)
-    writer.add_bool("tokenizer.ggml.add_bos_token", True)
-    writer.add_bool("tokenizer.ggml.add_eos_token", False)
-    writer.add_bool("tokenizer.ggml.add_space_prefix", model.normalizer_spec.add_dummy_prefix)
+    for key, value in tokens_to_write(path, rows).items():
+        name = f"tokenizer.ggml.{key}"
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_uint32(name, value)
+    template = read_said(path.parent).template if path.suffix == ".json" else None
+    if template is not None:
+        writer.add_string("tokenizer.chat_template", template)

@@ -7,10 +7,11 @@ queries' and keys' matrices, whose rows stand in another order (names.py), it is
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,17 @@ from llama.arguments import checked
 from llama.checkpoint import check_sizes, check_weight, recut
 from llama.config import RANGES, ModelArgs, RopeScaling
 from llama.interop.names import ROTATED, to_huggingface, to_meta, to_pairs
+from llama.interop.vocabulary import tokenizer_path
+from llama.rope import SPECTRA
 from llama.system import open_shard, read_params, read_plain, some_of
 
 Read = Callable[[], Tensor]
-_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # in old files; what it held follows from config.json
+ANOTHER = "choose another checkpoint"
+# In old files; what they held follows from config.json and the causal mask.
+_UNUSED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias|.*\.attn\.bias")
+# What torch.compile, DataParallel and FSDP, and trainers' wrappers put before each name.
+_PREFIX = re.compile(r"^(_orig_mod\.|module\.|_fsdp_wrapped_module\.|_forward_module\.)+")
+_PACKED = re.compile(r".*\.(qweight|qzeros|g_idx|weight_scale|weight_packed|absmax|quant_map)")
 
 
 def open_weights(path: Path) -> HuggingFace:
@@ -48,7 +56,10 @@ class HuggingFace:
         self._tensors: dict[str, Read] = {}
         for file in files:
             tensors = _map_safetensors(file) if file.suffix == ".safetensors" else _map_pickle(file)
-            self._tensors |= {name: read for name, read in tensors.items() if not _UNUSED.fullmatch(name)}
+            named = {_PREFIX.sub("", name): read for name, read in tensors.items()}
+            self._tensors |= {name: read for name, read in named.items() if not _UNUSED.fullmatch(name)}
+        if "model.embed_tokens.weight" not in self._tensors and "embed_tokens.weight" in self._tensors:  # LlamaModel's
+            self._tensors = {n if n == "lm_head.weight" else f"model.{n}": read for n, read in self._tensors.items()}
         self._check_index()
 
     @property
@@ -58,7 +69,7 @@ class HuggingFace:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / "tokenizer.model"
+        return tokenizer_path(self.path)
 
     @property
     def context(self) -> int | None:
@@ -68,7 +79,9 @@ class HuggingFace:
 
     @property
     def _tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        """Whether the output's matrix is the embedding's. Where a file has a head of its own, that one counts, as in
+        transformers 5, whatever config.json says."""
+        return bool(self.config.get("tie_word_embeddings", False)) and "lm_head.weight" not in self._tensors
 
     def names(self) -> list[str]:
         """The parameters' names, Meta's; what has no such name keeps its own, so that `load` can say so."""
@@ -82,6 +95,8 @@ class HuggingFace:
         another size, an unknown scaling of RoPE.
         """
         embedding = "model.embed_tokens.weight"
+        if packed := [name for name in self._tensors if _PACKED.fullmatch(name)]:
+            raise ValueError(f"{self.path} holds {some_of(packed, 2)}: {_quantized(self.config)}")
         if embedding not in self._tensors:
             raise ValueError(
                 f"{self.path} has no {embedding} but {some_of(list(self._tensors))}: it does not hold a "
@@ -91,6 +106,13 @@ class HuggingFace:
         try:
             args = ModelArgs(**sizes(self.config), vocab_size=vocab_size)
             check_sizes(args, self.names(), dim)
+            if biases := [name for name in self._tensors if name.endswith(".bias")]:
+                raise ValueError(f"the files hold biases ({some_of(biases, 2)}), which Llama's layers lack: {ANOTHER}")
+            if "output.weight" not in self.names():
+                raise ValueError(
+                    "the files hold no lm_head.weight, and tie_word_embeddings is false: download the missing file, or "
+                    "set tie_word_embeddings to true if the model was trained so"
+                )
         except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
         note_context(self.path, self.context, **limits)
@@ -119,7 +141,7 @@ class HuggingFace:
 
     def _check_index(self) -> None:
         for index in _indices(self.path):
-            absent = sorted(set(_weight_map(index)) - set(self._tensors))
+            absent = sorted({_PREFIX.sub("", name) for name in _weight_map(index)} - set(self._tensors))
             absent = [name for name in absent if not _UNUSED.fullmatch(name)]
             if absent:
                 raise ValueError(
@@ -142,22 +164,31 @@ def _weight_files(folder: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{folder} lacks {some_of(missing)}, which {index.name} names: download what is missing")
         return files
-    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            _check_parts(folder, found)
-            return found
+    for found in _found_by_name(folder):
+        _check_parts(folder, found)
+        return found
     raise ValueError(
         f"{folder} has a config.json but neither *.safetensors nor pytorch_model*.bin: download the weights as well"
     )
 
 
+def _found_by_name(folder: Path) -> Iterator[list[Path]]:
+    """Files of weights, of one kind at a time, the best first; an adapter's are none."""
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors"):
+        found = [file for file in sorted(folder.glob(pattern)) if not file.name.startswith("adapter_")]
+        if found:
+            yield found
+
+
 def _indices(folder: Path) -> list[Path]:
-    """The index that holds, in a list; safetensors' own before that of .bin files."""
+    """The index that holds, in a list; safetensors' own before that of .bin files. One of which no file is here is left
+    over from files that were replaced."""
     if (folder / "model.safetensors").is_file():  # one file needs none, and one beside it is left over
         return []
     names = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-    return [folder / name for name in names if (folder / name).is_file()][:1]
+    present = [folder / name for name in names if (folder / name).is_file()]
+    used = [index for index in present if any((folder / file).is_file() for file in _weight_map(index).values())]
+    return used[:1] or ([] if any(_found_by_name(folder)) else present[:1])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -218,6 +249,8 @@ def _map_pickle(path: Path) -> dict[str, Read]:
 
 # config.json ---------------------------------------------------------------------------------------------------------
 
+_SPELLED = {"su": "longrope", "dynamic-ntk": "dynamic", "ntk-aware": "ntk", "interpolation": "linear"}
+"""Other names of schemes, as they have been written."""
 _REQUIRED = {
     "dim": "hidden_size",
     "hidden_dim": "intermediate_size",
@@ -239,10 +272,13 @@ def note_context(path: Path, made_for: Any, max_seq_len: int = 0, **_: Any) -> N
 def sizes(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json's contents as arguments of ModelArgs; ValueError for what the core can't run."""
     model_type = config.get("model_type")
-    if model_type != "llama":
+    if model_type == "mistral" and config.get("sliding_window") is not None:
         raise ValueError(
-            f"model_type is {model_type!r}; only 'llama' can be loaded: choose a checkpoint of that architecture"
+            f"model_type is 'mistral' with a sliding_window of {config['sliding_window']}; only whole attention can be "
+            f"computed: {ANOTHER}"
         )
+    if model_type not in ("llama", "mistral"):  # without its window, Mistral's architecture is Llama's
+        raise ValueError(f"model_type is {model_type!r}; only 'llama' can be loaded: {ANOTHER} of that architecture")
     missing = [key for key in _REQUIRED.values() if config.get(key) is None]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}: download it again")
@@ -257,7 +293,7 @@ def sizes(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' can be loaded")
     if config.get("quantization_config"):
-        raise ValueError("it has a quantization_config; take the weights in bfloat16, float16 or float32 instead")
+        raise ValueError(f"it has a quantization_config: {_quantized(config)}")
     dim, n_heads = found["dim"], found["n_heads"]
     head_dim = config.get("head_dim")
     if head_dim is not None and checked("head_dim", head_dim, RANGES["dim"]) * n_heads != dim:
@@ -279,6 +315,7 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = checked("rope_theta", 10000.0 if theta is None else theta, RANGES["rope_theta"])
     old_name = merged.pop("type", "default")
     name = merged.pop("rope_type", old_name)
+    name = _SPELLED.get(name, name) if isinstance(name, str) else name
     partial = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
         merged["partial_rotary_factor"] = partial  # which the core refuses by name
@@ -297,7 +334,40 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if name == "dynamic":
         # There, transformers takes the trained context from max_position_embeddings alone.
         merged["original_max_position_embeddings"] = stretched
-    return theta, None if name == "default" and not merged else {"rope_type": name, **merged}
+    return theta, _known(name, merged)
+
+
+def _known(name: Any, parameters: dict[str, Any]) -> RopeScaling | None:
+    """The scaling without the keys that its scheme doesn't take, which a warning names: transformers and fine-tuners
+    have written several that mean nothing (finetuned, original_max_position_embeddings beside linear)."""
+    name = _SPELLED.get(name, name) if isinstance(name, str) else name
+    scheme = SPECTRA.get(name) if isinstance(name, str) else None
+    if scheme is None:
+        return {"rope_type": name, **parameters}
+    if name == "yarn" and "attention_factor" not in parameters and "attn_factor" in parameters:
+        parameters["attention_factor"] = parameters.pop("attn_factor")
+    accepted = inspect.signature(scheme).parameters
+    ignored = [key for key in parameters if key not in accepted and key != "partial_rotary_factor"]
+    silent = (
+        {"factor", "original_max_position_embeddings"} if name == "default" else {"original_max_position_embeddings"}
+    )
+    if named := [key for key in ignored if key not in silent]:
+        warnings.warn(f"rope_scaling has {some_of(named)}, which {name!r} doesn't take: ignored", stacklevel=4)
+    kept = {key: value for key, value in parameters.items() if key not in ignored}
+    return None if name == "default" and not kept else {"rope_type": name, **kept}
+
+
+def _quantized(config: dict[str, Any]) -> str:
+    """Which program's quantised weights these are, and what to do instead."""
+    told = config.get("quantization_config")
+    method = told.get("quant_method") if isinstance(told, dict) else None
+    if method is None and isinstance(told, dict):
+        method = "bitsandbytes" if any(key.startswith(("load_in_", "bnb_")) for key in told) else None
+    name = {"gptq": "GPTQ", "awq": "AWQ"}.get(str(method).lower(), str(method or "GPTQ, AWQ or another program"))
+    return (
+        f"the weights are quantised by {name}, which can't be read; take the plain checkpoint (bfloat16 or "
+        "float16) and --quantize int4, or its .gguf file"
+    )
 
 
 def trained_context(args: ModelArgs) -> int:

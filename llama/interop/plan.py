@@ -241,7 +241,10 @@ def parse_size(text: str) -> int:
     unit = (found[2] or "").upper() if found else "?"
     if found is None or unit not in UNITS or float(found[1]) <= 0:
         raise ValueError(f"a size of {text!r} can't be read: write it as 80GB, 79.6GiB, or a number of bytes")
-    return int(float(found[1]) * UNITS[unit])
+    size = int(float(found[1]) * UNITS[unit])
+    if size < 2**20:
+        raise ValueError(f"a size of {text!r} is {size:,} bytes: write it with its unit, as {found[1]}GB")
+    return size
 
 
 def architecture(model: str, **limits: Any) -> ModelArgs:

@@ -14,6 +14,7 @@ import mmap
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,26 @@ def look_through(path: Path) -> None:
         raise Fault(
             "a Git LFS pointer in place of the file", "run `git lfs install` and `git lfs pull` in its repository"
         )
+
+
+def compare_crc(path: Path, advance: Callable[[int], object] = lambda size: None) -> int:
+    """Reads every member of a zip archive and compares its CRC-32; how many there are. Raises Fault for one that
+    differs. 0 for what is no zip archive, or stores no sums."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if member.CRC]
+        for member in members:
+            try:
+                with archive.open(member) as file:
+                    while block := file.read(1 << 22):
+                        advance(len(block))
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise Fault(
+                    f"damaged: the CRC-32 that the archive itself holds of {member.filename} is not its own",
+                    "delete it and download it again",
+                ) from error
+    return len(members)
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -63,7 +63,8 @@ def write_tokenizer(tokenizer_path: Path, folder: Path, max_length: int) -> Toke
         # in other places: one before a suffix, none before a text that begins with one. No code comes with it.
         "trust_remote_code": True,
         "bos_token": tokenizer.token_piece(tokenizer.bos_id),
-        "eos_token": tokenizer.token_piece(tokenizer.eos_id),
+        # Where eos is an ordinary piece, the file's own settings name it, and replace this.
+        "eos_token": tokenizer.token_piece(tokenizer.eos_id) if tokenizer.eos_id >= 0 else None,
         "unk_token": tokenizer.token_piece(tokenizer.sp_model.unk_id()),
         "pad_token": None,
         "add_bos_token": True,

@@ -31,7 +31,7 @@ from llama.model import Transformer
 from llama.parallel import Ranks
 from llama.quantize.operators import Stored
 from llama.quantize.schemes import Scheme, for_weight, scheme_of
-from llama.system import some_of
+from llama.system import copy_tokenizer, some_of
 
 ENTRY = "quantization"
 """Of params.json, in a quantised folder."""
@@ -190,9 +190,7 @@ def quantize_checkpoint(
             for ending, tensor in stored.items():
                 tensors[name + ending] = _laid(tensor.cpu(), laid / str(len(tensors)))
         _save(tensors, result / "consolidated.00.pth", target)
-        if weights.tokenizer_path.is_file():
-            shutil.copyfile(weights.tokenizer_path, result / "tokenizer.model")
-        else:
+        if not copy_tokenizer(weights.tokenizer_path, result):
             warnings.warn(f"{weights.tokenizer_path} is missing, so {target} has no tokenizer.model", stacklevel=2)
         entry = {"scheme": chosen.name, "group": chosen.group, "version": VERSION}
         text = json.dumps({**args.to_params(), ENTRY: entry}, indent=1) + "\n"

@@ -9,7 +9,7 @@ from llama.options import Count, Loading
 from llama.serve.cli import serve
 
 
-def healing(*, cursors: Count = 400, **loading: Unpack[Loading]) -> None:
+def healing(*, cursors: Count = 150, **loading: Unpack[Loading]) -> None:
     """Completes words and lines at random cursors of held-out files, with token healing and without.
 
     Args:

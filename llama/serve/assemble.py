@@ -20,7 +20,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llama.prompts import Message, Prompt, Role, completion, dialog, infilling
+from llama.prompts import (
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Message,
+    Prompt,
+    Role,
+    completion,
+    dialog,
+    has_special_tags,
+    infilling,
+)
 from llama.requests import Allowed
 from llama.tokenizer import MARKS, Tokenizer
 
@@ -151,14 +161,28 @@ class Assembler:
         content = extra + parts.prefix + parts.begun + parts.suffix
         return replace(found, cut=cut, text=parts.prefix + parts.begun, content=content)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Assembled:
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, goes_on: bool = False) -> Assembled:
         """A dialog in the checkpoint's own format. Messages of one role that follow each other are one message.
+        With `goes_on`, the last message is the beginning of an answer, and what follows it is asked for.
 
         Raises ValueError for roles that don't alternate even so, and for special tags in a message.
         """
         turns = in_turn(messages)
         content = "\n\n".join(turn["content"] for turn in turns)
-        return Assembled(self._ended(dialog(self.tokenizer, turns)), content=content)
+        begun = ""
+        if goes_on:
+            if not turns or turns[-1]["role"] != "assistant":
+                raise ValueError("continue_final_message needs a last message with the role assistant, to go on with")
+            begun = turns.pop()["content"]
+            if has_special_tags([Message(role="assistant", content=begun)]):
+                raise ValueError(f"{UNSAFE_ERROR} They are {', '.join(SPECIAL_TAGS)}")
+        prompt = dialog(self.tokenizer, turns)
+        if begun:
+            # The header of the turn format ends with the space that SentencePiece puts before a text.
+            is_turn, tokenizer = self.tokenizer.step_id is not None, self.tokenizer
+            more = tokenizer.encode_infilling(begun) if is_turn else tokenizer.encode(begun, bos=False, eos=False)
+            prompt = replace(prompt, tokens=[*prompt.tokens, *more], continues=True)
+        return Assembled(self._ended(prompt), content=content)
 
     def _sections(self, ids: list[int], suffix_first: bool) -> tuple[list[int], list[int], int, list[int]]:
         """Of an infilling prompt: bos and PRE, the prefix's ids, SUF, the suffix's. Text can't produce a mark."""

@@ -124,6 +124,11 @@ class Stream:
         self.close()
         raise self._error or StopAsyncIteration
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the next event, or the end, comes without waiting."""
+        return not (self._open and self._events.empty())
+
     def leave(self, row: int) -> None:
         """Takes out one request, of which no further event will come."""
         self._open.discard(row)

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from llama.serve.assemble import Assembled, Parts
 from llama.serve.bodies import Body, Ids, Strings, bias_of, top_k_of
 from llama.serve.errors import LLAMACPP, Described, described
-from llama.serve.openai_api import ChatMessage
+from llama.serve.openai_api import ChatMessage, chat_prompt
 from llama.serve.replies import EventStream, reply, sse, unless_gone
 from llama.serve.service import ANSWERS, Ask, Call, Piece, Service, spelled
 
@@ -104,6 +104,9 @@ class DetokenizeBody(Body):
 
 class TemplateBody(Body):
     messages: list[ChatMessage]
+    continue_final_message: bool = False
+    """As /v1/chat/completions takes it."""
+    add_generation_prompt: bool = True
 
 
 class Writing:
@@ -232,7 +235,7 @@ def routes(service: Service) -> APIRouter:
             except Exception as error:
                 yield sse(LLAMACPP.body(described(error)))
 
-        return EventStream(parts(), call.close)
+        return EventStream(parts(), call)
 
     @router.post("/completion")
     @router.post("/completions", include_in_schema=False)
@@ -283,7 +286,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/apply-template")
     async def apply_template(body: TemplateBody) -> Response:
-        prompt = assembler.chat([message.plain() for message in body.messages])
+        prompt = chat_prompt(assembler, body.messages, body.continue_final_message, body.add_generation_prompt)
         return reply({"prompt": _rendered(service, prompt.prompt.tokens), "tokens": prompt.prompt.tokens})
 
     @router.get("/props")

@@ -113,7 +113,7 @@ def routes(service: Service) -> APIRouter:
             except Exception as error:
                 yield ndjson(OLLAMA.body(described(error)))
 
-        return EventStream(lines(), call.close, "application/x-ndjson")
+        return EventStream(lines(), call, "application/x-ndjson")
 
     def loaded(form: Form) -> Response:
         return reply({**head(), **form(""), "done": True, "done_reason": "load"})

@@ -16,10 +16,10 @@ from pydantic import Field
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from llama.serve.assemble import Assembled, Parts
+from llama.serve.assemble import Assembled, Assembler, Parts
 from llama.serve.bodies import Body, Ids, Prompts, Strings, bias_of, each_prompt, top_k_of
 from llama.serve.errors import OPENAI, described
-from llama.serve.replies import DONE, EventStream, reply, sse, unless_gone
+from llama.serve.replies import DONE, MARK, EventStream, Template, reply, sse, unless_gone
 from llama.serve.service import ANSWERS, Ask, Call, Piece, Service, spelled
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -30,6 +30,8 @@ FINGERPRINT = "codellama"
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: each chunk says what has been used so far."""
 
 
 class Wishes(Body):
@@ -150,6 +152,22 @@ class ChatBody(Wishes):
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     tool_choice: Any = None
+    continue_final_message: bool = False
+    """The last message is the beginning of the answer, and the answer goes on with it. vLLM's word, and its rule that
+    `add_generation_prompt` must be false then."""
+    add_generation_prompt: bool = True
+
+    def prompt(self, assembler: Assembler) -> Assembled:
+        """ValueError for roles in another order, and for what is no text."""
+        return chat_prompt(assembler, self.messages, self.continue_final_message, self.add_generation_prompt)
+
+
+def chat_prompt(assembler: Assembler, messages: Sequence[ChatMessage], goes_on: bool, opens: bool) -> Assembled:
+    """ValueError where a client asks to go on with an answer and to open another one, or for neither."""
+    if goes_on == opens:
+        remedy = "to go on with a begun answer give the first as true and the second as false; else leave both out"
+        raise ValueError(f"continue_final_message and add_generation_prompt are both {str(opens).lower()}: {remedy}")
+    return assembler.chat([message.plain() for message in messages], goes_on=goes_on)
 
 
 def routes(service: Service) -> APIRouter:
@@ -196,14 +214,26 @@ async def answered(http: HTTPRequest, service: Service, form: Completions | Chat
     if not body.stream:
         call, pieces = await unless_gone(http, service.collect(http, form.ask))
         return reply(form.whole(call, pieces))
-    call = await service.call(http, form.ask)
+    call, counts = await service.call(http, form.ask), body.stream_options.continuous_usage_stats
+    templates: dict[int, Template] = {}
 
     async def chunks() -> AsyncGenerator[bytes, None]:
+        written = 0
         try:
             for first in form.opening(call):
-                yield sse(first)
+                yield sse({**first, "usage": usage(call, 0)} if counts else first)
             async for piece in call.pieces():
-                yield sse(form.chunk(call, piece))
+                written += len(piece.tokens)
+                if counts:
+                    yield sse({**form.chunk(call, piece), "usage": usage(call, written)})
+                elif piece.finish_reason or not form.is_plain(piece.index):
+                    yield sse(form.chunk(call, piece))
+                else:
+                    made = templates.get(piece.index)
+                    if made is None:
+                        made = Template(sse(form.chunk(call, Piece(piece.index, MARK, []))))
+                        templates[piece.index] = made
+                    yield made(piece.text)
             if body.stream_options.include_usage:
                 yield sse({**form.head, "choices": [], "usage": usage(call)})
         except Exception as error:
@@ -211,11 +241,12 @@ async def answered(http: HTTPRequest, service: Service, form: Completions | Chat
             return
         yield DONE
 
-    return EventStream(chunks(), call.close)
+    return EventStream(chunks(), call)
 
 
-def usage(call: Call) -> dict[str, Any]:
-    read, written = call.prompt_tokens, call.completion_tokens
+def usage(call: Call, written: int | None = None) -> dict[str, Any]:
+    """What a call has used at its end, or once so many tokens were sent."""
+    read, written = call.prompt_tokens, call.completion_tokens if written is None else written
     return {
         "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
         "prompt_tokens_details": {"cached_tokens": call.cached_tokens},
@@ -266,6 +297,11 @@ class Completions:
         is_first = piece.index not in self._begun
         self._begun.add(piece.index)
         return {**self.head, "choices": [self._choice(call, piece, is_first)]}
+
+    def is_plain(self, index: int) -> bool:
+        """Whether the chunks of an answer differ in their text alone from now on."""
+        begun = index in self._begun or not self.body.echo
+        return begun and self.body.logprobs is None and not (self.body.debug or self.body.return_token_ids)
 
     def _prompt(self, index: int) -> Assembled:
         return self.prompts[index // self.body.n]
@@ -347,7 +383,7 @@ class Chat:
         self.service, self.body = service, body
         if body.tools or body.functions or body.tool_choice not in (None, "none", "auto"):
             raise ValueError("tools are not supported by this model: leave tools and tool_choice out")
-        prompt = service.assembler.chat([message.plain() for message in body.messages])
+        prompt = body.prompt(service.assembler)
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self.ask = body.ask([prompt], limit, logprobs=body.top_logprobs if body.logprobs else None)
         self.head = _head(service, "chatcmpl", "chat.completion.chunk")
@@ -361,23 +397,29 @@ class Chat:
         found = {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(call)}
         if self.body.debug:
             found["debug"] = self._debug([piece.tokens for piece in pieces])
-        return found
+        return {**found, **self._ids()}
 
     def opening(self, call: Call) -> list[dict[str, Any]]:
         first = {"role": "assistant", "content": ""}
         rows = range(len(call.requests))
         choices = [{"index": i, "delta": first, "logprobs": None, "finish_reason": None} for i in rows]
         debug = {"debug": self._debug([])} if self.body.debug else {}
-        return [{**self.head, "choices": choices, **debug}]
+        return [{**self.head, "choices": choices, **debug, **self._ids()}]
 
     def chunk(self, call: Call, piece: Piece) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
         return {**self.head, "choices": [{"index": piece.index, "delta": delta, **self._rest(piece)}]}
 
+    def is_plain(self, index: int) -> bool:
+        return not (self.body.logprobs or self.body.debug or self.body.return_token_ids)
+
     def _debug(self, answers: list[list[int]]) -> dict[str, Any]:
         ids = self._prompt.prompt.tokens
         pieces = [self.service.tokenizer.token_piece(i) for i in ids]
         return {"prompts": [{"ids": ids, "pieces": pieces, "healed": "", "cut": 0}], "answers": answers}
+
+    def _ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt.prompt.tokens} if self.body.return_token_ids else {}
 
     def _rest(self, piece: Piece) -> dict[str, Any]:
         rest: dict[str, Any] = {"logprobs": None, "finish_reason": piece.finish_reason}

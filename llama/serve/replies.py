@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
@@ -26,9 +26,12 @@ class Gone(Exception):
     """The client has disconnected: nobody reads an answer."""
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one for each call
+
+
 def dumped(value: Any) -> bytes:
     """JSON in UTF-8. Half a surrogate pair, which a client may have sent, becomes U+FFFD."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -38,6 +41,20 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 def sse(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + dumped(value) + b"\n\n"
+
+
+MARK = "\0text"
+
+
+class Template:
+    """Events that differ in one text alone: what is the same in all of them is made once."""
+
+    def __init__(self, event: bytes) -> None:
+        """`event` has MARK where the text comes."""
+        self._parts = event.split(dumped(MARK))
+
+    def __call__(self, text: str) -> bytes:
+        return dumped(text).join(self._parts)
 
 
 DONE = b"data: [DONE]\n\n"
@@ -70,19 +87,27 @@ async def unless_gone(http: HTTPRequest, work: Awaitable[T]) -> T:
             await task
 
 
+class Source(Protocol):
+    """Where the parts of a stream come from."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next part, or the end, comes without waiting."""
+
+    def close(self) -> None: ...
+
+
 class EventStream(Response):
     """A body that comes in parts. Its generator is closed when the client goes away, wherever it waits."""
 
     def __init__(
-        self,
-        parts: AsyncGenerator[bytes, None],
-        close: Callable[[], None],
-        media_type: str = "text/event-stream",
+        self, parts: AsyncGenerator[bytes, None], source: Source, media_type: str = "text/event-stream"
     ) -> None:
-        """`close` is called at the end, however it comes: a generator that was never begun has no end of its own."""
+        """`source` is closed at the end, however it comes: a generator that was never begun has no end of its own.
+        Parts that come without waiting are written at once."""
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type)
         del self.headers["content-length"]
-        self._parts, self._close, self._last = parts, close, time.monotonic()
+        self._parts, self._source, self._last = parts, source, time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks: list[asyncio.Task[None]] = []
@@ -95,7 +120,7 @@ class EventStream(Response):
             if tasks[0].done():
                 tasks[0].result()
         finally:
-            self._close()
+            self._source.close()
             for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -103,10 +128,14 @@ class EventStream(Response):
             await self._parts.aclose()
 
     async def _pump(self, send: Send) -> None:
+        held: list[bytes] = []
         async for part in self._parts:
-            self._last = time.monotonic()
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            held.append(part)
+            if not self._source.has_more:
+                self._last = time.monotonic()
+                await send({"type": "http.response.body", "body": b"".join(held), "more_body": True})
+                held.clear()
+        await send({"type": "http.response.body", "body": b"".join(held), "more_body": False})
 
     async def _ping(self, send: Send) -> None:
         while True:

@@ -47,6 +47,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # of a reset connection, uvicorn's timer would keep all for 75 s
 
     def _forget(self) -> None:
         if self._limit is not None:

@@ -77,6 +77,9 @@ class Piece:
     finish_reason: FinishReason | Literal["content_filter"] | None = None
 
     def add(self, other: Piece) -> None:
+        """What follows it. An answer that a filter refuses at last has no text at all."""
+        if other.finish_reason == "content_filter":
+            self.text, self.tokens, self.logprobs, self.top = "", [], [], []
         self.text += other.text
         self.tokens += other.tokens
         self.logprobs += other.logprobs
@@ -100,6 +103,11 @@ class Call:
     @property
     def _each(self) -> int:
         return max(self.ask.n, self.ask.best_of)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next piece, or the end, comes without waiting. A filter may hold a piece back."""
+        return self._check is None and self.stream.has_more
 
     def close(self) -> None:
         self.stream.close()

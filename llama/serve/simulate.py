@@ -276,13 +276,16 @@ def roofline(
 class Simulated:
     """A request without its tokens: how many there are, and which beginning it shares with others."""
 
-    __slots__ = ("answer", "arrival", "end", "first", "group", "held", "lead", "place", "prompt", "shared", "used")
+    __slots__ = (
+        "answer", "arrival", "end", "first", "group", "held", "lead", "place", "prompt", "seat", "shared", "used"
+    )  # fmt: skip
 
     def __init__(self, arrival: float, prompt: int, answer: int, group: int = -1, shared: int = 0) -> None:
         self.arrival, self.prompt, self.answer, self.group, self.shared = arrival, prompt, answer, group, shared
         self.held = 0  # tokens of the prompt that were read; -1 where it decodes
         self.lead = 0  # its slots, less the decode steps of its replica
         self.place = self.used = 0
+        self.seat = -1  # how many had been given rows before it
         self.first = self.end = 0.0
 
     def common(self, other: Simulated) -> int:
@@ -314,7 +317,7 @@ class Replica:
         self.longest = 0  # the largest lead of those that decode
         self.gaps, self.counts = array("d"), array("d")  # seconds between tokens, and of how many
         self.finished: list[Simulated] = []
-        self._joined = self._spans = 0
+        self._joined = self._spans = self._seats = 0
         self.contents: list[tuple[Simulated | None, int, int]] = [(None, 0, 0)] * rows  # whose tokens, how many, used
 
     @property
@@ -361,7 +364,7 @@ class Replica:
         joining.sort(key=lambda sequence: -sequence.prompt)
         for sequence in joining:
             sequence.held = self._place(sequence) if self.shares else 0
-            sequence.place = len(self.rows)
+            sequence.place, sequence.seat, self._seats = len(self.rows), self._seats, self._seats + 1
             self.rows.append(sequence)
             self.reading.add(sequence)
             if sequence.prompt - sequence.held == 1:
@@ -481,7 +484,8 @@ class Replica:
                 break
             rows.append(sequence)
             padding, T, longest = more, width, top
-        return rows, T
+        oldest = min(islice(self.rows, row, None), key=lambda sequence: sequence.seat)
+        return (rows, T) if oldest in rows else self._piece(oldest.place)
 
     # Shared beginnings -----------------------------------------------------------------------------------------------
 

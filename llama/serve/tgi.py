@@ -177,7 +177,7 @@ def routes(service: Service) -> APIRouter:
             except Exception as error:
                 yield sse(TGI.body(described(error)))
 
-        return EventStream(events(), call.close)
+        return EventStream(events(), call)
 
     @router.post("/generate")
     async def generate(body: GenerateBody, http: HTTPRequest) -> Response:

@@ -15,7 +15,7 @@ _CARD = """\
 # A small Code Llama
 
 Small enough to live in a repository and to answer on any CPU: for trying the library, for its tests, and for
-experiments that a laptop can repeat. It writes what looks like Python. It does not program.
+experiments that a laptop can repeat. {can}
 
 | | |
 |---|---|
@@ -27,13 +27,14 @@ values), SwiGLU {args.hidden_dim}, RoPE theta {args.rope_theta:g} |
 | jobs | completion, infilling (PSM and SPM){dialogs} |
 
 ## Training
-On {corpus}, Python files only, in {minutes:.0f} minutes of training. A document with a gap has its middle moved to its
-end, half of them in suffix-prefix-middle order; keys are numbers hidden among functions and asked for at the end;
-dialogs ask for code by its docstring, head or comment, and only their answers are learned. Tokens are counted as often
-as they were read.
+On {corpus}, Python files only{exercises},
+in {minutes:.0f} minutes of training. A document with a gap has its middle moved to its end, half of them in
+suffix-prefix-middle order; keys are numbers hidden among functions and asked for at the end; dialogs ask for code by
+its docstring, head or comment, and only their answers are learned. Tokens are counted as often as they were read.
 
-| stage | tokens | steps | minutes | length | theta | with a gap | keys | dialogs | held-out loss | bits a byte |
-|---|---|---|---|---|---|---|---|---|---|---|
+| stage | tokens | steps | minutes | length | theta | with a gap | keys | dialogs | exercises | \
+held-out loss | bits a byte |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 {stages}
 
 The last two are of held-out files, cut into documents of up to the stage's length, by the stage's checkpoint as it was
@@ -47,9 +48,8 @@ The same Python version has the same corpus, tokenizer and rows of tokens; sums 
 processor) make the weights differ in their last digits, and in time in more.
 
 ## What it can't do
-Solve a problem, call a library correctly from memory, or answer questions in words: {last.parameters:,} parameters hold
-the look of Python, not its meaning. It knows no language but Python, and may repeat passages of what it was trained on
-word for word. Don't run what it writes.
+{cannot} It knows no language but Python, and may repeat passages of what it was trained on word for word. Don't run
+what it writes outside of a sandbox.
 
 ## Licence
 The weights and the tokenizer are part of this project and under its licence. They were made from source code under the
@@ -61,17 +61,36 @@ licences of its authors:
 """
 
 
+_LOOKS = "It writes what looks like Python. It does not program."
+_PROGRAMS = (
+    "It writes short functions and classes of the kind that beginners'\n"
+    "books ask for, and most of what lies outside of that world only looks right."
+)
+_NO_MEANING = (
+    "Solve a problem, call a library correctly from memory, or answer questions in words: {parameters:,} parameters\n"
+    "hold the look of Python, not its meaning."
+)
+_NO_NEWS = (
+    "Solve a problem of a kind that it has not practised, write longer programs, call a library correctly from\n"
+    "memory, or answer questions in words."
+)
+
+
 def write_card(path: str | os.PathLike[str], run: Run, results: Sequence[Result], measured: str = "") -> None:
     """Writes the card of the last of `results`, the stages that led to it, in order. `measured`, if given, is what
     its section of that name says."""
     last = results[-1]
     corpus = "the standard library" if run.corpus is None else "permissively licensed packages and the standard library"
+    practised = any(STAGES[result.stage].mixture.exercises for result in results)
     option = "" if run.corpus is None else " --corpus CORPUS"
     text = _CARD.format(
         args=run.args(STAGES[last.stage]),
         last=last,
         context=max(result.length for result in results),
-        dialogs=", `[INST]` dialogs" if any(STAGES[result.stage].mixture.dialogs for result in results) else "",
+        dialogs=", `[INST]` dialogs" if any(_asks(result) for result in results) else "",
+        can=_PROGRAMS if practised else _LOOKS,
+        cannot=(_NO_NEWS if practised else _NO_MEANING).format(parameters=last.parameters),
+        exercises=", and on exercises that a generator made and their tests have passed" if practised else "",
         corpus=corpus,
         minutes=sum(result.minutes for result in results),
         stages="\n".join(_stage(result) for result in results),
@@ -85,11 +104,17 @@ def write_card(path: str | os.PathLike[str], run: Run, results: Sequence[Result]
         temporary.write_text(text, encoding="utf-8")
 
 
+def _asks(result: Result) -> bool:
+    mixture = STAGES[result.stage].mixture
+    return mixture.dialogs + mixture.questions > 0
+
+
 def _stage(result: Result) -> str:
     mixture = STAGES[result.stage].mixture
     return (
         f"| {result.stage} | {result.tokens:,} | {result.steps:,} | {result.minutes:.1f} | {result.length} | "
-        f"{result.rope_theta:g} | {mixture.infilling:.0%} | {mixture.keys:.0%} | {mixture.dialogs:.0%} | "
+        f"{result.rope_theta:g} | {mixture.infilling:.0%} | {mixture.keys:.0%} | "
+        f"{mixture.dialogs + mixture.questions:.0%} | {mixture.exercises + mixture.questions:.0%} | "
         f"**{result.loss:.3f}** | **{result.bits_per_byte:.3f}** |"
     )
 

@@ -122,6 +122,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "base": command(("base",), "Train a model from nothing, or from `plain`: code, most of it with a gap to fill in."),
     "long": command(("long",), "Go on from `base` with rows eight times as long and a theta of 1e6."),
     "instruct": command(("instruct",), "Go on from `long` with dialogs, of which the answers are learned."),
+    "exercises": command(
+        ("exercises",), "Go on from `instruct` with exercises that passed their tests, and real code."
+    ),
+    "answers": command(("answers",), "Go on from `exercises` with more dialogs, at a falling rate."),
     "all": command(ALL, "Make a checkpoint: base, long and instruct, one after the other."),
     "shapes": compare,
     "gaps": gaps,

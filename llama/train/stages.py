@@ -125,9 +125,63 @@ STAGES: dict[str, Stage] = {
             TrainingConfig(steps=1500, rows_per_step=8, rows_at_once=2, peak_lr=1e-3, warmup_steps=20),
             minutes=17,
         ),
+        # The world of exercises beside real code. The rate is constant, so it can be stopped whenever that is enough;
+        # it falls in the last stage, which has more dialogs.
+        Stage(
+            "exercises",
+            "instruct",
+            False,
+            384,
+            1e6,
+            Mixture(
+                infilling=0.7,
+                line_gaps=0.6,
+                functions=0.6,
+                longest_function=128,
+                keys=0.04,
+                exercises=0.55,
+                questions=0.2,
+            ),
+            TrainingConfig(
+                steps=2000,
+                rows_per_step=12,
+                rows_at_once=3,
+                peak_lr=8e-4,
+                final_lr=1.0,
+                warmup_steps=20,
+                steps_between_evaluations=200,
+            ),
+            minutes=60,
+        ),
+        Stage(
+            "answers",
+            "exercises",
+            False,
+            384,
+            1e6,
+            Mixture(
+                infilling=0.7,
+                line_gaps=0.6,
+                functions=0.6,
+                longest_function=128,
+                keys=0.03,
+                exercises=0.45,
+                questions=0.3,
+            ),
+            TrainingConfig(
+                steps=1000,
+                rows_per_step=12,
+                rows_at_once=3,
+                peak_lr=8e-4,
+                warmup_steps=10,
+                steps_between_evaluations=100,
+            ),
+            minutes=30,
+        ),
     )
 }
-"""All the stages in order; `plain`, a first stage without gaps, is left out unless it is asked for."""
+"""All the stages in order. `plain`, a first stage without gaps, and the two with exercises are there for who asks for
+them."""
 ALL = ("base", "long", "instruct")
 
 

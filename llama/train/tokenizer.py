@@ -18,11 +18,6 @@ import sentencepiece
 
 from llama.system import replacing
 
-try:
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-except ImportError as error:
-    raise ImportError("making a tokenizer needs protobuf: pip install 'codellama[train]'") from error
-
 MERGE_STEPS = ("▁<SU", "▁<SUF", "▁<PRE", "▁<M", "▁<MID", "▁<E", "▁<EOT")
 MARKS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 REPEATS = tuple("▁<EOT>" * times for times in range(2, 7))
@@ -115,6 +110,10 @@ def _train_base(texts: Iterable[str], vocab_size: int) -> Any:
             f"these texts don't give a vocabulary of {vocab_size} pieces besides the marks; "
             f"change vocab_size or the texts ({error})"
         ) from error
+    try:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ValueError("making a tokenizer needs protobuf: pip install 'codellama[train]'") from error
     model = ModelProto()
     model.ParseFromString(out.getvalue())
     return model

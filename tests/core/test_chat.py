@@ -142,7 +142,7 @@ def test_undo_and_retry(codellama: Run, tiny_llama: Llama) -> None:
     first, second = scripted_chat(tiny_llama, ["Hi", "And?"])
     out, err = lines_of(codellama, "Hi\nWrong\n/undo\nAnd?\n")
     assert "\n".join([out[0], *out[2:]]) == "\n".join([first, second])
-    assert err == []
+    assert err == ["taken back: Wrong"]
     drawn = "/set temperature 2\n"
     out, _ = lines_of(codellama, f"{drawn}Hi\n/retry\n/retry\n/set seed 1\n/undo\nHi\n")
     assert len(set(out[:3])) == 3  # another seed each time
@@ -160,9 +160,7 @@ def test_continue_goes_on_with_a_cut_answer(codellama: Run, tiny_llama: Llama) -
     code, out, err = codellama("chat", stdin="Hi\n/continue\n/continue\n")
     assert (code, out.replace("\n", "")) == (0, whole["generation"]["content"].replace("\n", ""))
     assert err.count(CUT) == 3
-    assert lines_of(codellama, "/continue\n")[1] == [
-        "the last answer came to its end by itself; /retry answers once more"
-    ]
+    assert lines_of(codellama, "/continue\n")[1] == ["there is no answer to go on with"]
 
 
 def test_settings_can_be_set_and_seen(codellama: Run) -> None:
@@ -172,9 +170,9 @@ def test_settings_can_be_set_and_seen(codellama: Run) -> None:
     assert ["top_k 3" in line for line in err] == [False, False, True, False, False]
     _, err = lines_of(codellama, "/set temprature 1\n/set temperature hot\n/set temperature\n/set top_p 2\n")
     assert err == [
-        "give a name and a value; did you mean temperature? (/set temperature 0.5)",
+        "there is no temprature; did you mean temperature? (there are temperature, top_p, top_k, max_gen_len, seed)",
         "temperature: it is 'hot'; give a number, at least 0 and at most 100",
-        "give a name and a value; did you mean temperature? (/set temperature 0.5)",
+        "give a value as well: /set temperature 0.0",
         "top_p: it is 2; give a number, at least 0 and at most 1",
     ]
 
@@ -188,9 +186,9 @@ def test_a_system_message_can_be_changed(codellama: Run, tiny_llama: Llama) -> N
 
 def test_a_conversation_is_saved_and_gone_on_with(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
     first, second = scripted_chat(tiny_llama, ["Hi", "And?"], "Brief.")
-    path = tmp_path / "talks" / "talk.json"
-    _, err = lines_of(codellama, f"Hi\n/save {path}\n", "--system", "Brief.")
-    assert err == [f"{path}: 2 messages"]
+    path = tmp_path / "talk.json"
+    _, err = lines_of(codellama, f"Hi\n/save {path}\n/save {path}\n", "--system", "Brief.")
+    assert err == [f"{path}: written, 2 messages", f"{path}: replaced, 2 messages"]
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved["system"] == "Brief."
     assert saved["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": first}]
@@ -223,7 +221,7 @@ def test_what_cant_be_done_is_said_and_the_chat_goes_on(codellama: Run, tmp_path
         f"{tmp_path}/list is no conversation: give a file that /save wrote",
         f"{tmp_path}/none can't be read (No such file or directory)",
         "give a file's name: /save talk.json",
-        "/dev/null/x can't be written (File exists)",
+        "/dev/null/x can't be written: there is no folder /dev/null",
     ]
 
 
@@ -357,7 +355,7 @@ def test_a_conversation_at_a_terminal(person: Callable[..., Person], tmp_path: P
     chat.sees(r"context \d,\d+ of 2,048")
     chat.enters("/undo\r")
     chat.enters(f"/save {tmp_path}/talk.json\r")
-    chat.sees("talk.json: 4 messages")
+    chat.sees("talk.json: written, 4 messages")
     chat.enters("\x03")
     chat.sees(re.escape("(Ctrl-D or /exit ends)"))
     chat.enters("/set max_gen_len 1900\r")

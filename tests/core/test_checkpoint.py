@@ -24,7 +24,7 @@ from torch import Tensor
 
 import reference
 from llama import checkpoint as module
-from llama import parallel
+from llama import parallel, system
 from llama.checkpoint import CUT, Checkpoint, load, merge, open_checkpoint, save, split
 from llama.config import ModelArgs
 from llama.model import Transformer
@@ -514,9 +514,9 @@ def rewrite(path: Path, change: Callable[[str, bytes], bytes], compression: int 
 
 
 def test_an_archive_written_by_another_program_is_read(folder: Path) -> None:
-    expected = {name: w.clone() for name, w in module.open_shard(folder / "consolidated.01.pth").items()}
+    expected = {name: w.clone() for name, w in system.open_shard(folder / "consolidated.01.pth").items()}
     rewrite(folder / "consolidated.01.pth", lambda name, contents: contents)
-    found = module.open_shard(folder / "consolidated.01.pth")
+    found = system.open_shard(folder / "consolidated.01.pth")
     assert all(torch.equal(found[name], w) for name, w in expected.items())
 
 
@@ -552,7 +552,7 @@ def test_tensors_that_share_their_numbers_are_read(folder: Path) -> None:
     base = torch.randn(6, 4)
     own = {"a": base, "b": base[1:3], "empty": torch.empty(0), "c": base.t(), "d": torch.ones(3, dtype=torch.bfloat16)}
     torch.save(own, path)
-    found = module.open_shard(path)
+    found = system.open_shard(path)
     assert all(torch.equal(found[name], w) for name, w in own.items())
 
 

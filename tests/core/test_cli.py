@@ -160,8 +160,14 @@ def test_a_scheme_from_a_file_that_is_not_there_is_named(codellama: Run) -> None
     assert "no file nowhere.py" in err
 
 
+CUT = "place {} was cut after 8 tokens: a larger --max_gen_len gives more\n"
+FIRST = CUT.format(1)
+
+
 def middle(llama: Llama, prefix: str, suffix: str, **options: Any) -> str:
-    return llama.text_infilling([prefix], [suffix], 0, max_gen_len=8, **options)[0]["generation"]
+    """What is filled in, with the line ends of the text around it."""
+    text = llama.text_infilling([prefix], [suffix], 0, max_gen_len=8, **options)[0]["generation"]
+    return text.replace("\r", "").replace("\n", "\r\n" if "\r\n" in prefix + suffix else "\n")
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -170,7 +176,7 @@ def test_infill_prints_the_file_filled_in(codellama: Run, tiny_llama: Llama, tmp
     prefix, suffix = f'def f(é):{newline}    """', f'"""{newline}    return 1{newline}'
     (tmp_path / "f.py").write_bytes(f"{prefix}<FILL>{suffix}".encode())
     code, out, err = codellama("infill", str(tmp_path / "f.py"))
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, FIRST)
     assert out == prefix + middle(tiny_llama, prefix, suffix) + suffix
     code, out, err = codellama("infill", str(tmp_path / "f.py"), "--suffix_first")
     assert out == prefix + middle(tiny_llama, prefix, suffix, suffix_first=True) + suffix
@@ -178,8 +184,8 @@ def test_infill_prints_the_file_filled_in(codellama: Run, tiny_llama: Llama, tmp
 
 def test_infill_reads_standard_input(codellama: Run, tiny_llama: Llama) -> None:
     windows = f"a = 1\r\nx = {middle(tiny_llama, 'a = 1' + chr(13) + chr(10) + 'x = ', chr(13) + chr(10))}\r\n"
-    assert codellama("infill", "-", stdin="a = 1\r\nx = <FILL>\r\n") == (0, windows, "")
-    assert codellama("infill", "-", stdin="x = <FILL>\n") == (0, f"x = {middle(tiny_llama, 'x = ', chr(10))}\n", "")
+    assert codellama("infill", "-", stdin="a = 1\r\nx = <FILL>\r\n") == (0, windows, FIRST)
+    assert codellama("infill", "-", stdin="x = <FILL>\n") == (0, f"x = {middle(tiny_llama, 'x = ', chr(10))}\n", FIRST)
 
 
 def test_infill_fills_several_places_one_after_the_other(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
@@ -188,8 +194,8 @@ def test_infill_fills_several_places_one_after_the_other(codellama: Run, tiny_ll
     path.write_text("a = <FILL>\nb = <FILL>\n")
     first = middle(tiny_llama, "a = ", "\nb = \n")
     second = middle(tiny_llama, f"a = {first}\nb = ", "\n")
-    assert codellama("infill", str(path)) == (0, f"a = {first}\nb = {second}\n", "")
-    assert codellama("infill", str(path), "--only") == (0, f"{first}\n{second}\n", "")
+    assert codellama("infill", str(path)) == (0, f"a = {first}\nb = {second}\n", FIRST + CUT.format(2))
+    assert codellama("infill", str(path), "--only") == (0, f"{first}\n{second}\n", FIRST + CUT.format(2))
 
 
 def test_infill_at_a_line_and_a_column(codellama: Run, tiny_llama: Llama, tmp_path: Path) -> None:
@@ -198,7 +204,7 @@ def test_infill_at_a_line_and_a_column(codellama: Run, tiny_llama: Llama, tmp_pa
     for place, prefix in (("2:11", "def f(x):\r\n    return"), ("1:1", ""), ("3:1", "def f(x):\r\n    return\r\n")):
         suffix = path.read_bytes().decode()[len(prefix) :]
         expected = prefix + middle(tiny_llama, prefix, suffix) + suffix
-        assert codellama("infill", f"{path}:{place}") == (0, expected, "")
+        assert codellama("infill", f"{path}:{place}") == (0, expected, FIRST)
     for place, allowed in (("2:12", "line 2 has columns 1 to 11"), ("4:1", "it has lines 1 to 3"), ("0:1", "lines 1")):
         code, out, err = codellama("infill", f"{path}:{place}")
         assert (code, out) == (1, "")
@@ -213,7 +219,7 @@ def test_infill_in_place_changes_the_file_and_nothing_else(codellama: Run, tiny_
     prefix, suffix = "# -*- coding: latin-1 -*-\ns = 'caf\xe9'\r\nx = ", "\r\n"
     filled = prefix + middle(tiny_llama, prefix, suffix) + suffix
     code, out, err = codellama("infill", str(link), "--in_place")
-    assert (code, out, err) == (0, "", f"{link}: 1 place filled in\n")
+    assert (code, out, err) == (0, "", f"{link}: 1 place filled in\n{FIRST}")
     assert path.read_bytes() == filled.encode("latin-1")
     assert path.stat().st_mode & 0o777 == 0o640
     assert link.is_symlink()
@@ -261,7 +267,7 @@ def test_infill_reads_another_encoding(codellama: Run, tiny_llama: Llama, tmp_pa
     (tmp_path / "f.py").write_bytes(b"s = 'caf\xe9'\nx = <FILL>\n")
     prefix = "s = 'caf\xe9'\nx = "
     expected = prefix + middle(tiny_llama, prefix, "\n") + "\n"
-    assert codellama("infill", str(tmp_path / "f.py"), "--encoding", "latin-1") == (0, expected, "")
+    assert codellama("infill", str(tmp_path / "f.py"), "--encoding", "latin-1") == (0, expected, FIRST)
 
 
 # --- info --------------------------------------------------------------------------------------------------------
@@ -415,10 +421,11 @@ def test_the_version_is_told(codellama: Run) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_a_shell_completes_verbs_and_options(codellama: Run, shell: str) -> None:
-    code, out, err = codellama("completion", shell, defaults=False)
+    code, out, err = codellama("shell_completion", shell, defaults=False)
     assert (code, err) == (0, "")
-    for word in ("complete", "infill", "longcontext", "--max_gen_len", "--ckpt_dir"):
+    for word in ("complete", "infill", "longcontext", "perplexity", "--max_gen_len", "--ckpt_dir"):
         assert word in out
+    assert "longcontext perplexity" not in out  # which a shell would offer as one word
 
 
 def test_an_unknown_command_is_named(codellama: Run) -> None:

@@ -315,7 +315,7 @@ def test_rotation_of_bfloat16_is_rounded_once() -> None:
         ({"rope_type": "linear"}, r"lacks \['factor'\]"),
         ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fats": 1.0}, "unknown.*beta_fats"),
-        ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5.*at least 1"),
+        ({"rope_type": "linear", "factor": 1e-4}, "factor is 0.0001.*at least 0.001"),
         ({"rope_type": "linear", "factor": math.nan}, "factor is nan"),
         ({"rope_type": "linear", "factor": "4"}, "factor is '4'"),
         ({"rope_type": "linear", "factor": None}, "factor is None"),

@@ -20,6 +20,8 @@ from llama.longcontext import spectra
 from llama.longcontext.cli import COMMANDS as LONGCONTEXT
 from llama.quantize import bench_linear
 from llama.quantize import cli as quantize
+from llama.serve import cli as serve
+from llama.serve import load, simulate
 from llama.train.cli import COMMANDS as TRAIN
 
 Command = Callable[..., None]
@@ -35,6 +37,9 @@ CASES: dict[str, Case] = {
     "quantize": (quantize.command, ["a", "b"], ["--schem", "--scheme"], ["--scheme", "int7"]),
     "quantize --report": (quantize.command, ["--report"], TYPO, ["--schemes", "int8,int5"]),
     "bench": (bench.command, [], ["--variant", "--variants"], ["--measures", "decode,speed"]),
+    "serve": (serve.serve, [], ["--prot", "--port"], ["--port", "65537"]),
+    "bench serve": (load.command, [], ["--client", "--clients"], ["--clients", "0"]),
+    "plan serve": (simulate.command, [], ["--prompts", "--prompt"], ["--rps", "-1"]),
     "bench, preset": (bench.command, [], ["--rouns", "--rounds"], ["--preset", "8B"]),
     "python -m llama.bench grow": (bench.grow, ["--variant", "plain", "--tokens", "5"], ["--prset", "--preset"], []),
     "python -m llama.bench.commits": (commits.compare, ["a", "b"], ["--round", "--rounds"], ["--measures", "loop2"]),
@@ -46,6 +51,11 @@ CASES: dict[str, Case] = {
     "evals functions": (EVALS["functions"], [], TYPO, ["--samples", "many"]),
     "evals lines": (EVALS["lines"], [], TYPO, ["--order", "pms"]),
     "evals retrieval": (EVALS["retrieval"], [], TYPO, ["--depths", "0,1.5"]),
+    "evals exercises": (EVALS["exercises"], [], ["--sample", "--samples"], ["--samples", "0"]),
+    "evals run": (EVALS["run"], ["humaneval"], ["--tempereture", "--temperature"], ["--samples", "0"]),
+    "evals run, benchmark": (EVALS["run"], ["mbpp"], ["--protocl", "--protocol"], ["--top_p", "1.5"]),
+    "evals score": (EVALS["score"], ["mbpp", __file__], ["--worker", "--workers"], ["--ks", "0"]),
+    "evals table": (EVALS["table"], ["."], ["--pge", "--page"], []),
     "longcontext spectra": (LONGCONTEXT["spectra"], [], ["--scheme", "--schemes"], ["--theta", "1"]),
     "longcontext perplexity": (LONGCONTEXT["perplexity"], [], TYPO, ["--lengths", "64,1"]),
     "longcontext sweep": (LONGCONTEXT["sweep"], [], TYPO, ["--factors", "1,0"]),
@@ -62,6 +72,8 @@ CASES: dict[str, Case] = {
     "train base": (TRAIN["base"], ["o"], ["--corpos", "--corpus"], ["--steps", "-3"]),
     "train long": (TRAIN["long"], ["o"], ["--seeds", "--seed"], ["--seed", "-1"]),
     "train instruct": (TRAIN["instruct"], ["o"], ["--devise", "--device"], ["--device", "tpu"]),
+    "train exercises": (TRAIN["exercises"], ["o"], ["--step", "--steps"], ["--minutes", "0"]),
+    "train answers": (TRAIN["answers"], ["o"], ["--corpos", "--corpus"], ["--steps", "0"]),
     "train all": (TRAIN["all"], ["o"], ["--shapes", "--shape"], ["--shape", "7B"]),
     "train shapes": (TRAIN["shapes"], ["o"], ["--minute", "--minutes"], ["--shapes", "6x256,7B"]),
     "train gaps": (TRAIN["gaps"], ["o", "--corpus", "c"], ["--step", "--steps"], ["--files", "0"]),

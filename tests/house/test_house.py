@@ -62,6 +62,7 @@ LEANS_ON = {
     "quantize": {"evals", "kernels"},
     "bench": {"evals"},
     "serve": {"evals"},
+    "train": {"evals"},
     "fast": {"kernels"},
 }
 """Rooms that measure build on the one that knows how: its intervals, sources and records. Those that multiply build on
@@ -190,12 +191,16 @@ def test_functions_fit_on_a_screen() -> None:
                 assert size <= 60, f"{path.name}: {node.name} has {size} lines"
 
 
+GIVEN_NAMES = {"EndpointHandler"}
+"""Hugging Face's Inference Endpoints look for a class of this name in a repository."""
+
+
 def test_no_names_that_say_nothing() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert path.stem not in ("utils", "common", "helpers"), path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not isinstance(node, ast.Global), f"{path}: global"
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and node.name not in GIVEN_NAMES:
                 assert not re.search(r"Manager$|Handler$|^Base", node.name), f"{path}: {node.name}"
 
 

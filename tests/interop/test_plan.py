@@ -286,13 +286,19 @@ def test_load_asks_the_plan_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GB", 80 * GB), ("80gb", 80 * GB), ("79.5GiB", int(79.5 * 2**30)), ("512 MB", 512 * 10**6), ("1024", 1024)],
+    [
+        ("80GB", 80 * GB),
+        ("80gb", 80 * GB),
+        ("79.5GiB", int(79.5 * 2**30)),
+        ("512 MB", 512 * 10**6),
+        ("17179869184", 2**34),
+    ],
 )
 def test_sizes_as_they_are_written(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "80 apples", "-1GB", "0"])
+@pytest.mark.parametrize("text", ["", "GB", "80 apples", "-1GB", "0", "80"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="80GB"):
         parse_size(text)

@@ -133,24 +133,47 @@ def test_whatever_happens_on_rank_0_the_others_follow(tiny_checkpoint: Path) -> 
 
 
 def check_threads_and_followers(init_method: str, folder: Path) -> list[Any]:
-    """Threads on both ranks, in whatever order; then rank 0 alone has requests, and the other follows."""
+    """Threads on both ranks, in whatever order, with calls of all kinds, and draws without a seed; then rank 0 alone
+    has requests, and the other follows."""
     llama = build(init_method, folder)
     expected = [llama.generate([prompt], 12, temperature=0)[0][0] for prompt in PROMPTS]
     found: dict[int, list[int]] = {}
+    drawn: dict[int, list[list[int]]] = {}
 
     def work(which: int) -> None:
-        found[which] = llama.generate([PROMPTS[which]], 12, temperature=0)[0][0]
+        for _ in range(5):
+            drawn[which] = llama.generate([PROMPTS[which]] * 2, 6, temperature=1.0)[0]
+            found[which] = llama.generate([PROMPTS[which]], 12, temperature=0)[0][0]
+            llama.score([PROMPTS[which]] * 2)
 
     threads = [threading.Thread(target=work, args=(which,)) for which in range(3)]
     for thread in threads[:: 1 if llama.ranks.leads else -1]:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return [found == dict(enumerate(expected)), llama.ranks.broadcast_object("ended")]
+    same = llama.ranks.broadcast_object(sorted(drawn.items())) == sorted(drawn.items())
+    return [found == dict(enumerate(expected)), same, llama.ranks.broadcast_object("ended")]
 
 
 def test_threads_on_ranks_find_each_other(tiny_checkpoint: Path) -> None:
-    assert on_ranks(check_threads_and_followers, 2, tiny_checkpoint) == [[True, "ended"]] * 2
+    assert on_ranks(check_threads_and_followers, 2, tiny_checkpoint) == [[True, True, "ended"]] * 2
+
+
+def check_an_error_in_a_step(init_method: str, folder: Path) -> str:
+    start(init_method=init_method, timeout=3)
+    llama = Llama.build(folder, max_seq_len=48, max_batch_size=2, timeout=3)
+    llama.generate(PROMPTS, 2)
+    if llama.ranks.leads:
+        llama.model.hidden = lambda *_: 1 // 0  # type: ignore[method-assign]
+    try:
+        llama.generate(PROMPTS, 2)
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
+
+
+def test_the_rank_that_fails_says_why_and_not_that_the_others_are_lost(tiny_checkpoint: Path) -> None:
+    assert on_ranks(check_an_error_in_a_step, 2, tiny_checkpoint) == ["ZeroDivisionError", "LostRank"]
 
 
 def check_a_rank_without_its_folder(init_method: str, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -152,6 +153,21 @@ def _interrupted(init_method: str) -> str:
 
 def test_an_interrupt_of_one_rank_reaches_all() -> None:
     assert on_ranks(_interrupted, 2, limit=15) == ["KeyboardInterrupt"] * 2
+
+
+def test_ctrl_c_waits_for_the_end_of_the_outermost_block_and_goes_to_the_programs_own_handler() -> None:
+    heard: list[str] = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append("program"))
+    try:
+        with control.uninterrupted():
+            with contextlib.suppress(KeyError), control.uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                heard.append("inner")
+                raise KeyError
+            heard.append("outer")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == ["inner", "outer", "program"]
 
 
 def _blocks_of_two_groups(init_method: str) -> list[str]:

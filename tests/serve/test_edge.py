@@ -362,6 +362,11 @@ def test_lines_that_pass_a_filter_are_streamed_as_they_come() -> None:
         assert "bad" not in text
         assert "worse" not in text
         assert seen == ["good\n", "good\nfine\n", "good\nfine\nbad\n"]
+        for path, body in (
+            ("/v1/completions", {"max_tokens": 50}),
+            ("/infill", {"input_prefix": "", "input_suffix": ""}),
+        ):
+            assert "good" not in served.post(path, {"prompt": "x", **body}).text  # whole: none of it
         until(served.is_idle)
 
 

@@ -168,6 +168,14 @@ def test_ollama_clients_infill_by_suffix(served: Served, seen: list[list[int]]) 
     assert seen == [expected(served)]
 
 
+def test_minuet(served: Served, seen: list[list[int]]) -> None:
+    """Not recorded: made from the documents of minuet-ai.nvim."""
+    body = {"model": "codellama-7b", "prompt": PREFIX, "suffix": SUFFIX, "stream": True, "max_tokens": 56, "top_p": 0.9}
+    found = chunks(served.post("/v1/completions", body).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in found) == ANSWER
+    assert seen == [expected(served)]
+
+
 def test_aider(served: Served) -> None:
     turns = [("system", "Act as an expert."), ("user", "files"), ("assistant", "Ok."), ("user", "count")]
     messages = [{"role": role, "content": content} for role, content in turns]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from typing import Any
 
 import openai
@@ -12,6 +13,7 @@ from scripted_llama import Scripted
 from servers import Served, serving, until
 
 from llama.generation import Llama
+from llama.serve.openai_api import Chat, Completions
 
 
 def client(served: Served, **more: Any) -> openai.OpenAI:
@@ -309,3 +311,49 @@ def test_error_in_the_middle_of_a_stream_is_an_api_error() -> None:
             ai.completions.create(model="any", prompt="count:", max_tokens=50)
         assert "secret" not in str(caught.value)
         assert ai.completions.create(model="any", prompt="count: ", max_tokens=50).choices[0].text == ANSWER
+
+
+def test_usage_in_each_chunk_and_the_ids_of_tokens(served: Served) -> None:
+    """vLLM's continuous_usage_stats and return_token_ids."""
+    ids = served.llama.ids("count:")
+    more: dict[str, Any] = {
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "extra_body": {"return_token_ids": True},
+    }
+    with client(served) as ai:
+        *chunks, last = list(ai.completions.create(model="any", prompt="count:", max_tokens=100, **more))
+        got = [i for chunk in chunks for i in getattr(chunk.choices[0], "token_ids", [])]
+        assert served.llama.tokenizer.decode_infilling(got) == ANSWER
+        assert getattr(chunks[0].choices[0], "prompt_token_ids", None) == ids
+        counts = [chunk.usage.completion_tokens for chunk in (*chunks, last) if chunk.usage]
+        assert counts == sorted(counts)
+        assert len(counts) == len(chunks) + 1
+        assert counts[0] == 1
+        assert counts[-1] == counts[-2]
+        assert {chunk.usage.prompt_tokens for chunk in chunks if chunk.usage} == {len(ids)}
+        talk: Any = [{"role": "user", "content": "count:"}]
+        said = list(ai.chat.completions.create(model="any", messages=talk, **more))
+        assert [chunk.usage.completion_tokens for chunk in said if chunk.usage][:2] == [0, 1]
+        assert len(getattr(said[0], "prompt_token_ids", [])) == said[-1].usage.prompt_tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/fim/completions"])
+def test_chunks_by_a_template_are_those_that_are_made_whole(
+    served: Served, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x", "echo": True}
+    body = {**told, "stream": True, "n": 2, "seed": 1, "temperature": 0}
+
+    def chunks() -> list[str]:
+        """Of each answer in turn, since answers may mix in another order; without what names the answer."""
+        lines = served.post(path, body).text.split("\n\n")
+        return sorted(re.sub(r'"id":"[^"]*"|"created":\d+', "", line) for line in lines)
+
+    served.model._answers.clear()
+    monkeypatch.setattr(served.model, "say", lambda prompt: 'say "one"\\n\n\ttwo \x00text 😀 é</s>\u2028')
+    by_template = chunks()
+    for form in (Chat, Completions):
+        monkeypatch.setattr(form, "is_plain", lambda *_: False)
+    assert chunks() == by_template
+    served.model._answers.clear()

@@ -62,7 +62,7 @@ def test_inference_client_knows_the_errors() -> None:
         llama.model.breaks = True
         with pytest.raises(GenerationError):
             hf.text_generation("x")
-        llama.model.breaks = False
+        llama.model.breaks, llama.model.seconds = False, 0.02  # so that the first answer is under way
         with served.client() as http, http.stream("POST", "/generate_stream", json={"inputs": "forever"}) as stream:
             next(stream.iter_lines())
             with pytest.raises((OverloadedError, HfHubHTTPError)):
