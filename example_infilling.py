@@ -29,10 +29,10 @@ def main(
         max_batch_size=max_batch_size,
     )
     prompts = [
-        'def count_words(text):\n    """Return how often each word occurs in text."""\n    counts = {}\n'
-        "    for word in <FILL>\n        counts[word] = counts.get(word, 0) + 1\n    return counts\n",
-        "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = <FILL>\n\n"
-        '    def __repr__(self):\n        return f"Point({self.x}, {self.y})"\n',
+        'def count_words(text):\n    """Return a dictionary of how often each word occurs in text."""\n'
+        "    counts = {}\n    for word in text.split():\n<FILL>\n    return counts\n",
+        'def sum_even(numbers):\n    """Return the sum of the even numbers in numbers."""\n    total = 0\n'
+        "    for number in numbers:\n<FILL>\n            total += number\n    return total\n",
     ]
     prefixes = [prompt.split("<FILL>")[0] for prompt in prompts]
     suffixes = [prompt.split("<FILL>")[1] for prompt in prompts]

@@ -24,6 +24,8 @@ EXTRAS = {
     "grammar": ["llguidance>=1.9"],
     # A trace of each request.
     "tracing": TRACING,
+    # Replicas of a server on several machines.
+    "ray": [*SERVE, "ray[serve]>=2.49"],
     # Tests: independent implementations to compare with, and what .ci/run checks with.
     "test": [
         "protobuf>=4",

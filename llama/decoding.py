@@ -98,8 +98,8 @@ class Loop:
         for request in requests:
             request.leaving = not request.gone
         self._someone_leaves = True
-        in_step = self._stepper == (os.getpid(), threading.get_ident())  # where a dropped stream may be closed
-        later = self._failed or in_step or self.ranks.world_size == 1
+        # A dropped stream may be closed in the middle of a step; and after one that failed, the others are elsewhere.
+        later = self.ranks.world_size == 1 or self._failed or self._stepper == (os.getpid(), threading.get_ident())
         while not later and any(request.leaving and not request.gone for request in requests):
             # Rank 0 tells the others now, since they wait for nothing else; they go on until rank 0 leaves as well.
             self.step()
@@ -175,7 +175,8 @@ class Loop:
         del self._rows[cache.rows :]
         for row, request in enumerate(self._rows):
             if cache.tokens[row] is not request.held:  # another cache, or another's tokens
-                request.held = cache.tokens[row] = []
+                del cache.tokens[row][agreeing(cache.tokens[row], [] if request.score else request.tokens) :]
+                request.held = cache.tokens[row]
             del request.held[len(request.tokens) - 1 :]  # an interrupted step had read the last token, too
         if any(request.gone for request in self._rows):
             del self._rows[self._gather(lambda request: not request.gone) :]

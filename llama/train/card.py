@@ -27,7 +27,8 @@ values), SwiGLU {args.hidden_dim}, RoPE theta {args.rope_theta:g} |
 | jobs | completion, infilling (PSM and SPM){dialogs} |
 
 ## Training
-On {corpus}, Python files only{exercises},
+On {corpus},
+Python files only{exercises},
 in {minutes:.0f} minutes of training. A document with a gap has its middle moved to its end, half of them in
 suffix-prefix-middle order; keys are numbers hidden among functions and asked for at the end; dialogs ask for code by
 its docstring, head or comment, and only their answers are learned. Tokens are counted as often as they were read.
@@ -95,7 +96,7 @@ def write_card(path: str | os.PathLike[str], run: Run, results: Sequence[Result]
         minutes=sum(result.minutes for result in results),
         stages="\n".join(_stage(result) for result in results),
         commands="\n".join(
-            f"codellama train {r.stage} --out OUT{option} --seed {run.seed} --steps {r.steps}" for r in results
+            f"codellama train {r.stage} OUT{option} --seed {run.seed} --steps {r.steps}" for r in results
         ),
         packages="\n".join(_packages(run)),
         measured=f"\n## Measured\n{measured}" if measured else "",

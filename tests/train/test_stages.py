@@ -191,7 +191,7 @@ def test_card_has_the_runs_figures(made: Path) -> None:
         assert cells[1] == "3"
         assert float(cells[-2].strip("*")) == pytest.approx(float(logged["held_out_loss"]), rel=1e-2)  # rounded weights
         assert float(cells[-1].strip("*")) == pytest.approx(float(logged["bits_per_byte"]), rel=1e-2)
-        assert f"codellama train {name} --out OUT --seed 0 --steps 3" in card
+        assert f"codellama train {name} OUT --seed 0 --steps 3" in card
     assert "the standard library of CPython 3" in card
     assert "{" not in card
 
