@@ -55,7 +55,8 @@ def test_ctrl_c_ends_it_without_a_traceback(after: float) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert err == b""
-    assert process.returncode == 130 or out.endswith(b"[stopped]\n")
+    # A shell tells both as 130: -2 is Python that is ended by the signal before it can hear of it.
+    assert process.returncode in (130, -signal.SIGINT) or out.endswith(b"[stopped]\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
