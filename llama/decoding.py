@@ -82,13 +82,14 @@ class Loop:
         request.logprobs = request.logprobs and checked("logprobs", request.logprobs, (int, "at least", 0, most))
 
     def join(self, request: Request) -> None:
-        """Puts a request into the queue. Raises QueueFull where there is no place in it, and ValueError as `check`."""
+        """Puts a request into the queue. Raises QueueFull where there is no place in it, and ValueError as `check`. Rank
+        0 alone may be full: the others must have what it begins, in whatever order their threads ask for it."""
         self.check(request)
         if request.limit == 0 and not (request.score and len(request.tokens) > 1):
             request.end("length")
             return
         with self._changed:
-            if len(self._waiting) >= self.capacity:
+            if self.ranks.leads and len(self._waiting) >= self.capacity:
                 raise QueueFull(f"{len(self._waiting)} requests wait already: try again later, or allow more to wait")
             self._waiting.append(request)
             self._changed.notify_all()
