@@ -82,8 +82,8 @@ class Loop:
         request.logprobs = request.logprobs and checked("logprobs", request.logprobs, (int, "at least", 0, most))
 
     def join(self, request: Request) -> None:
-        """Puts a request into the queue. Raises QueueFull where there is no place in it, and ValueError as `check`. Rank
-        0 alone may be full: the others must have what it begins, in whatever order their threads ask for it."""
+        """Puts a request into the queue. Raises QueueFull where there is no place in it, and ValueError as `check`. The
+        queue of rank 0 alone is ever full: the others must have what it begins, in whatever order their threads ask."""
         self.check(request)
         if request.limit == 0 and not (request.score and len(request.tokens) > 1):
             request.end("length")
