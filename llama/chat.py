@@ -27,7 +27,8 @@ from llama.options import (
     Amount,
     Loading,
     MaybeCount,
-    MaybePath,
+    MaybeExisting,
+    MaybeTarget,
     MaybeText,
     Seed,
     Share,
@@ -328,10 +329,10 @@ def chat(
     max_gen_len: Amount = 1024,
     stop: Stops = (),
     seed: Seed = 1,
-    talk: MaybePath = None,
+    talk: MaybeExisting = None,
     server: MaybeText = None,
-    load_cache: MaybePath = None,
-    save_cache: MaybePath = None,
+    load_cache: MaybeExisting = None,
+    save_cache: MaybeTarget = None,
     **loading: Unpack[Loading],
 ) -> None:
     r"""A conversation. /help lists its commands; Ctrl-C stops an answer, Ctrl-D or /exit ends.

@@ -158,7 +158,10 @@ def register_scheme(place: str) -> str:
     path, _, name = place.rpartition(":")
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}; give a scheme of your own as FILE.py:FUNCTION")
-    scheme = runpy.run_path(path).get(name)
+    try:
+        scheme = runpy.run_path(path).get(name)
+    except Exception as error:  # whatever a user's file may raise
+        raise ValueError(f"{path} can't be run ({type(error).__name__}: {error}): mend it, and try it alone") from error
     if not callable(scheme):
         raise ValueError(f"{path} has no function {name}; a scheme is one of (head_dim, theta, length, *, ...)")
     known = SPECTRA.get(name)

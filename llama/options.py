@@ -104,6 +104,14 @@ def folder(word: str) -> str:
     return word
 
 
+def target(word: str) -> str:
+    """A file to write, in a folder that is made if it isn't there."""
+    if os.path.isdir(word):
+        raise ValueError(f"{word} is a folder: give a file's name")
+    folder(os.path.dirname(os.path.abspath(word)))
+    return word
+
+
 def device(word: str) -> str:
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", word):
         raise ValueError(f"{word!r} is no device: give cpu, cuda, cuda:N or mps")
@@ -174,6 +182,8 @@ Path = Annotated[str, spec("PATH", str)]
 MaybePath = Annotated[str | None, spec("PATH", str)]
 MaybeText = Annotated[str | None, spec("TEXT", str)]
 MaybeSources = Annotated[str | None, spec("PATH", existing), unset("held-out files of the standard library")]
+MaybeExisting = Annotated[str | None, spec("PATH", existing)]
+MaybeTarget = Annotated[str | None, spec("FILE", target)]
 Out = Annotated[str, spec("FOLDER", folder)]
 MaybeOut = Annotated[str | None, spec("FOLDER", folder)]
 Device = Annotated[str, spec("cpu|cuda|cuda:N|mps", device)]

@@ -23,7 +23,9 @@ from llama.options import (
     Amount,
     Loading,
     MaybeCount,
+    MaybeExisting,
     MaybePath,
+    MaybeTarget,
     MaybeText,
     Positional,
     Seed,
@@ -51,8 +53,8 @@ def complete(
     seed: Seed = 1,
     echo: bool = True,
     server: MaybeText = None,
-    load_cache: MaybePath = None,
-    save_cache: MaybePath = None,
+    load_cache: MaybeExisting = None,
+    save_cache: MaybeTarget = None,
     **loading: Unpack[Loading],
 ) -> None:
     r"""Continues PROMPT ("-": standard input) and prints both.
@@ -70,16 +72,15 @@ def complete(
         load_cache: a file made by --save_cache: what it holds of the prompt isn't read again.
         save_cache: a file to keep what was read and written.
     """
+    # Read before anything is loaded.
+    text = _prompt_text(prompt) if os.environ.get("RANK", "0") == "0" else ""
     if server is not None:
-        text = _prompt_text(prompt)
         body = {"prompt": text, "max_tokens": max_gen_len, "temperature": temperature, "top_p": top_p, "seed": seed}
         body |= ({"top_k": top_k} if top_k else {}) | ({"stop": list(stop)} if stop else {})
         _complete_by(server_of(server, loading, load_cache, save_cache), body, text if echo else "")
         return
     llama = load_to_use(loading, seed)
-    text = llama.ranks.broadcast_object(_prompt_text(prompt) if llama.ranks.leads else None)
-    if not text:
-        raise ValueError("the prompt is empty: give a text to continue")
+    text = llama.ranks.broadcast_object(text)
     with cache_files(llama, load_cache, save_cache):
         events = llama.stream([text], max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
         say(llama, text if echo else "")
@@ -99,8 +100,8 @@ def infill(
     suffix_first: bool = False,
     stop: Stops = (),
     seed: Seed = 1,
-    load_cache: MaybePath = None,
-    save_cache: MaybePath = None,
+    load_cache: MaybeExisting = None,
+    save_cache: MaybeTarget = None,
     **loading: Unpack[Loading],
 ) -> None:
     r"""Prints FILE ("-": standard input) with what is missing filled in: at each <FILL>, or at FILE:LINE:COLUMN.
@@ -245,21 +246,11 @@ def cache_files(llama: Llama, load: str | None, save: str | None) -> Iterator[No
         return
     from llama.longcontext import saved_cache
 
-    if save is not None:
-        writable(save)
     if load is not None:
         saved_cache.load_cache(llama, load)
     yield
     if save is not None:
         saved_cache.save_cache(llama, save)
-
-
-def writable(path: str | Path) -> None:
-    """ValueError where a file can't be written: to be known before the work that it is to hold."""
-    place = Path(path).absolute()
-    there = next(parent for parent in place.parents if parent.exists())
-    if place.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{path} can't be written: choose a file in a folder that you may write to")
 
 
 def print_stream(
@@ -289,9 +280,11 @@ def say(llama: Llama, text: str) -> None:
 
 
 def _prompt_text(prompt: str) -> str:
-    if prompt == "-":
-        return decoded(sys.stdin.buffer.read(), "standard input")[0]
-    return decoded(os.fsencode(prompt), "the prompt", "utf-8")[0]
+    given = (sys.stdin.buffer.read(), "standard input") if prompt == "-" else (os.fsencode(prompt), "the prompt")
+    text, _ = decoded(*given, "utf-8")
+    if not text:
+        raise ValueError(f"{given[1]} is empty: give a text to continue")
+    return text
 
 
 def decoded(contents: bytes, name: str, encoding: str | None = None) -> tuple[str, str]:

@@ -7,7 +7,7 @@ once for all of them. A program that takes the server with it is tried once more
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from queue import SimpleQueue
@@ -58,13 +58,18 @@ class Judge:
 
     def all(self, programs: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
         """The number and the verdict of each program, as they come."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            numbers = {pool.submit(self.one, program): number for number, program in enumerate(programs)}
-            try:
-                for future in as_completed(numbers):
-                    yield numbers[future], future.result()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        return each(self.one, programs, self.workers)
+
+
+def each(judge: Callable[[str], Verdict], programs: Sequence[str], workers: int) -> Iterator[tuple[int, Verdict]]:
+    """The number and the verdict of each program, as they come from so many threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        numbers = {pool.submit(judge, program): number for number, program in enumerate(programs)}
+        try:
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Place:

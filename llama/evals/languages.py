@@ -18,7 +18,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 from llama.evals.benchmarks import PAPER, Benchmark, Protocol, Row, Task
 from llama.evals.datasets import Dataset
+from llama.evals.judging import each
 from llama.evals.sandbox import Verdict, has_bubblewrap
 
 COMPILES = 97
@@ -169,13 +169,7 @@ class Foreign:
 
     def all(self, programs: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
         """The number and the verdict of each program, as they come."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            numbers = {pool.submit(self.one, program): number for number, program in enumerate(programs)}
-            try:
-                for future in as_completed(numbers):
-                    yield numbers[future], future.result()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        return each(self.one, programs, self.workers)
 
     def one(self, program: str) -> Verdict:
         word, began = secrets.token_hex(16), time.monotonic()

@@ -154,6 +154,26 @@ def test_a_scheme_that_cant_be_is_refused(codellama: Run, own_scheme: Path, name
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("source", "found"), [("def f(:", "SyntaxError"), ("import nothing_at_all", "No module named")]
+)
+def test_a_scheme_from_a_file_that_cant_be_run_is_one_sentence(
+    codellama: Run, tmp_path: Path, source: str, found: str
+) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    code, out, err = codellama("complete", "x", "--rope_scaling", f"{tmp_path}/mine.py:f")
+    assert (code, out) == (1, "")
+    assert_one_paragraph(err, f"{tmp_path}/mine.py can't be run (")
+    assert found in err
+
+
+@pytest.mark.parametrize("words", [["complete", ""], ["complete", "-"]])
+def test_an_empty_prompt_is_refused_before_anything_is_loaded(codellama: Run, words: list[str]) -> None:
+    code, out, err = codellama(*words, "--ckpt_dir", "/nowhere")
+    assert (code, out) == (1, "")
+    assert_one_paragraph(err, "is empty: give a text to continue")
+
+
 def test_a_scheme_from_a_file_that_is_not_there_is_named(codellama: Run) -> None:
     code, _, err = codellama("complete", "x", "--rope_scaling", "nowhere.py:scheme")
     assert code == 1
@@ -317,8 +337,6 @@ def test_a_folder_whose_name_looks_like_a_number_is_a_folder(
         (["complete", "x", "--dtype", "float16", "--device", "cpu"], "choose bfloat16 or float32"),
         (["complete", "x", "--rope_scaling", "spiral"], "spiral"),
         (["complete", "word " * 600, "--max_seq_len", "512"], "larger max_seq_len"),
-        (["complete", "x", "--load_cache", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["complete", "x", "--save_cache", "/dev/null/cache"], "/dev/null/cache can't be written"),
         (["info", "--ckpt_dir", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
     ],
 )
@@ -344,6 +362,12 @@ def test_an_error_is_one_paragraph(codellama: Run, tiny_checkpoint: Path, words:
         (["complete", "x", "--max_gen_len", "1.5"], ["it is 1.5; give a whole number"]),
         (["complete", "x", "--quantize", "int5"], ["'int5' is unknown; did you mean int8?"]),
         (["complete", "x", "--rope_scaling", "{1: 2}"], ["can't be read"]),
+        (["complete", "x", "--load_cache", "/nowhere"], ["there is no file or folder /nowhere"]),
+        (["chat", "--talk", "/nowhere"], ["there is no file or folder /nowhere"]),
+        (
+            ["complete", "x", "--save_cache", "/dev/null/c"],
+            ["/dev/null can't be written, since"],
+        ),
         (["complete"], ["Required options", "PROMPT"]),
         (["complete", "x", "y"], ["Unrecognized options: y"]),
         (["complete", "x", "--fast=maybe"], ["--fast is 'maybe', but it takes no value"]),

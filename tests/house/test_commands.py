@@ -76,7 +76,7 @@ CASES: dict[str, Case] = {
     "train answers": (TRAIN["answers"], ["o"], ["--corpos", "--corpus"], ["--steps", "0"]),
     "train all": (TRAIN["all"], ["o"], ["--shapes", "--shape"], ["--shape", "7B"]),
     "train shapes": (TRAIN["shapes"], ["o"], ["--minute", "--minutes"], ["--shapes", "6x256,7B"]),
-    "train gaps": (TRAIN["gaps"], ["o", "--corpus", "c"], ["--step", "--steps"], ["--files", "0"]),
+    "train gaps": (TRAIN["gaps"], ["o", "c"], ["--step", "--steps"], ["--files", "0"]),
     "train report": (TRAIN["report"], ["o"], ["--chaptr", "--chapter"], ["--out", __file__]),
 }  # fmt: skip
 

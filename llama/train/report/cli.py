@@ -285,8 +285,8 @@ def draw(run: Run, stages: tables.Stages, folder: Path) -> None:
 
 def gaps(
     out: Positional[Out],
+    corpus: Positional[Annotated[str, spec("PATH", str)]],
     *,
-    corpus: Annotated[str, spec("PATH", str)],
     steps: Count = 500,
     files: Count = 100,
     shape: Annotated[str | None, choice(SHAPES)] = None,
